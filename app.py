@@ -1,0 +1,351 @@
+"""Flash sale inventory service: many buyers, little stock, one moment; each unit is sold exactly once.
+
+HTTP only: the routes, what a request may be, which status an outcome gets. Each sale is decided by
+the database, in db.py. `python app.py` serves a local demo, `gunicorn app:app` a real sale.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import click
+from flask import Blueprint, Flask, Response, abort, current_app, request
+from flask.typing import ResponseReturnValue
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import ThreadedWSGIServer, make_server
+
+import db
+
+VERSION = "1.0.0"
+FOLDER = Path(__file__).parent
+
+MAX_BODY_BYTES = 16 * 1024
+MAX_DISCARD_BYTES = 8 * 1024 * 1024  # of a refused body, read so that its sender gets to see the answer
+MAX_STOCK = 1_000_000_000
+CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+# The configuration: defaults, and the lowest and highest value that make sense. See .env.example.
+TEXTS = {
+    "DATABASE_URL": "sqlite:///inventory.db",
+    "ITEM_NAME": "Item A - Concert Ticket",
+    "HOST": "127.0.0.1",
+}
+NUMBERS = {
+    "INITIAL_STOCK": (100, 0, MAX_STOCK),
+    "LOCK_TIMEOUT": (5.0, 0, 3600),
+    "ALLOW_RESET": (0, 0, 1),
+    "PORT": (8000, 1, 65535),
+    "WEB_CONCURRENCY": (min(max(2, os.cpu_count() or 1), 8), 1, 256),
+}
+BANNER = """\
+============================================================
+FLASH SALE INVENTORY SERVICE
+============================================================
+Item:                {ITEM_NAME}
+Initial stock:       {INITIAL_STOCK} units
+Concurrency control: one BEGIN IMMEDIATE per purchase, CHECK (stock >= 0)
+Lock timeout:        {LOCK_TIMEOUT:g} s
+URL:                 http://{HOST}:{PORT}
+============================================================"""
+
+# What a refusal of the store means in HTTP: status, members beside `success` and `message`.
+# 410 and 503: RFC 9110, 15.5.11 and 15.6.4. 422: the IETF draft on the Idempotency-Key header, 2.7.
+REFUSALS: dict[type[db.StoreError], tuple[int, dict[str, Any]]] = {
+    db.SoldOut: (410, {"remaining_stock": 0}),
+    db.Busy: (503, {}),
+    db.KeyReused: (422, {}),
+    db.Unavailable: (503, {}),
+    db.OutcomeUnknown: (500, {}),
+}
+
+api = Blueprint("api", __name__, cli_group=None)
+log = logging.getLogger(__name__)
+
+
+@api.get("/")
+def describe() -> ResponseReturnValue:
+    """What this service is and offers"""
+    return {
+        "service": "Flash Sale Inventory Service",
+        "version": VERSION,
+        "endpoints": _endpoints(),
+        "concurrency_model": "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase",
+        "guarantees": [
+            "each unit is sold exactly once: no overselling, no underselling",
+            "200 means sold and on disk",
+            "410 and 503 mean not sold, and leave nothing behind",
+            "the same Idempotency-Key never buys twice",
+        ],
+    }
+
+
+@api.post("/buy_ticket")
+def buy_ticket() -> ResponseReturnValue:
+    """Purchase a ticket"""
+    purchase = _store().buy(_customer_id(), _idempotency_key())
+    body = {
+        "success": True,
+        "message": "Purchase successful",
+        "remaining_stock": purchase.remaining_stock,
+        "purchase_id": purchase.purchase_id,
+    }
+    return (body, {"Idempotent-Replayed": "true"}) if purchase.replayed else body
+
+
+@api.get("/inventory")
+def inventory() -> ResponseReturnValue:
+    """Current stock and number of purchases"""
+    return _store().inventory()._asdict()
+
+
+@api.post("/reset")
+def reset() -> ResponseReturnValue:
+    """For testing only: forget all purchases, refill the stock"""
+    if not current_app.config["ALLOW_RESET"]:
+        abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
+    stock = _json_object().get("stock", current_app.config["INITIAL_STOCK"])
+    if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
+        abort(400, f'stock has to be a whole number, 0 to {MAX_STOCK} - send {{"stock": 100}} or no body.')
+    _store().reset(stock)
+    return {"success": True, "message": f"Inventory reset to {stock} units", "current_stock": stock}
+
+
+@api.get("/health")
+def health() -> ResponseReturnValue:
+    """Whether a purchase could be made now"""
+    _store().check()
+    return {"status": "ok"}
+
+
+@api.get("/audit")
+def audit() -> ResponseReturnValue:
+    """Purchase records counted row by row, against the stock"""
+    counted = _store().audit()
+    return counted._asdict() | {"consistent": counted.consistent}
+
+
+@api.get("/metrics")
+def metrics() -> ResponseReturnValue:
+    """Stock, sold and initial stock for Prometheus"""
+    now = _store().inventory()
+    gauges = {
+        "stock": ("Units left to sell.", now.current_stock),
+        "sold": ("Units sold.", now.total_purchases),
+        "initial_stock": ("Units at the start of the sale.", now.initial_stock),
+    }
+    lines = [
+        f"# HELP flash_sale_{name} {text}\n# TYPE flash_sale_{name} gauge\nflash_sale_{name} {value}\n"
+        for name, (text, value) in gauges.items()
+    ]
+    return Response("".join(lines), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@api.before_app_request
+def read_body() -> None:
+    """Take the body in before anything is answered.
+
+    Closing a connection with bytes unread resets it, and the client would lose the answer.
+    """
+    if request.headers.get("Transfer-Encoding"):
+        _discard_body()
+        abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        _discard_body()
+        abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
+    request.get_data()
+
+
+@api.after_app_request
+def protect(response: Response) -> Response:
+    response.headers["Cache-Control"] = "no-store"  # a 410 is cacheable by default (RFC 9110, 15.5.11)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+@api.app_errorhandler(db.StoreError)
+def refuse(error: db.StoreError) -> ResponseReturnValue:
+    status, members = REFUSALS[type(error)]
+    if not isinstance(error, db.SoldOut | db.KeyReused):
+        log.error("%s %s answered %d: %s", request.method, request.path, status, error)
+    headers = {"Retry-After": "1"} if status == 503 else {}
+    return {"success": False, "message": error.message, **members}, status, headers
+
+
+@api.app_errorhandler(HTTPException)
+def refuse_request(error: HTTPException) -> ResponseReturnValue:
+    """Werkzeug's answer with its status and headers, as JSON."""
+    response = error.get_response()
+    response.set_data(json.dumps({"success": False, "message": error.description}))
+    response.content_type = "application/json"
+    return cast(Response, response)
+
+
+@api.app_errorhandler(Exception)
+def fail(error: Exception) -> ResponseReturnValue:
+    log.exception("%s %s failed", request.method, request.path, exc_info=error)
+    return {"success": False, "message": db.OutcomeUnknown.__doc__}, 500
+
+
+@api.cli.command("init-db")
+def init_db_command() -> None:
+    """Create the database, if it isn't there."""
+    now = _store().inventory()
+    click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
+
+
+@api.cli.command("audit")
+def audit_command() -> None:
+    """Count the purchases; exit status 1 if they don't add up."""
+    counted = _store().audit()
+    click.echo(json.dumps(counted._asdict() | {"consistent": counted.consistent}))
+    sys.exit(not counted.consistent)
+
+
+def _customer_id() -> str:
+    customer_id = _json_object().get("customer_id", "guest")
+    if not isinstance(customer_id, str) or not CUSTOMER_ID.fullmatch(customer_id):
+        abort(400, "customer_id has to be a string of 1 to 128 characters without control characters.")
+    return customer_id
+
+
+def _idempotency_key() -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        abort(400, "Idempotency-Key has to be 1 to 255 visible ASCII characters, without spaces.")
+    return key
+
+
+def _json_object() -> dict[str, Any]:
+    body = request.get_data()
+    if not body:
+        return {}
+    if request.mimetype != "application/json":
+        abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
+    try:
+        value = JSON.decode(body.decode())
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, NaN, or a 5,000-digit number
+        abort(400, 'The body is not valid JSON in UTF-8 - send an object such as {"customer_id": "c1"}.')
+    if not isinstance(value, dict):
+        abort(400, 'The body has to be a JSON object - send for example {"customer_id": "c1"}.')
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _discard_body() -> None:
+    for _ in range(MAX_DISCARD_BYTES // 65536):
+        if not request.stream.read(65536):
+            break
+
+
+def _endpoints() -> dict[str, str]:
+    return {
+        f"{method} {rule.rule}": (current_app.view_functions[rule.endpoint].__doc__ or "").splitlines()[0]
+        for rule in current_app.url_map.iter_rules()
+        for method in sorted((rule.methods or set()) & {"GET", "POST"})
+    }
+
+
+def _store() -> db.SQLiteStore:
+    return cast(db.SQLiteStore, current_app.extensions["store"])
+
+
+class ConfigError(ValueError):
+    """A variable of the configuration has a value that makes no sense."""
+
+
+def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration from environment variables; an empty one counts as unset. Raises ConfigError."""
+    given = {name: value for name, value in values.items() if value not in (None, "")}
+    config: dict[str, Any] = {name: str(given.get(name, default)) for name, default in TEXTS.items()}
+    for name, (default, lowest, highest) in NUMBERS.items():
+        value = given.get(name, default)
+        try:
+            config[name] = type(default)(value)
+        except (TypeError, ValueError):
+            config[name] = None
+        if config[name] is None or not lowest <= config[name] <= highest:
+            kind = "a whole number" if type(default) is int else "a number"
+            raise ConfigError(f"{name} has to be {kind} from {lowest} to {highest}, not {value!r}")
+    return config
+
+
+def create_app(config: Mapping[str, Any] | None = None) -> Flask:
+    """The Flask app on its store; `config` goes before the environment.
+
+    Raises ConfigError for a value that makes no sense, db.StoreError if the database can't be used.
+    """
+    app = Flask(__name__, static_folder=None)
+    app.config.from_mapping(config or {}, **read_config({**os.environ, **(config or {})}))
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # its 200 isn't JSON
+    app.url_map.merge_slashes = False  # //inventory is a 404 in JSON, not a redirect in HTML
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.register_blueprint(api)
+    names = ("DATABASE_URL", "ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT")
+    try:
+        app.extensions["store"] = store = db.open_store(*(app.config[name] for name in names))
+    except ValueError as error:
+        raise ConfigError(f"DATABASE_URL {error}") from error
+    store.create()
+    return app
+
+
+def start() -> Flask:
+    """The app that this process serves; what keeps it from starting is one line and no traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
+    try:
+        return create_app()
+    except (ConfigError, db.StoreError) as error:
+        print(f"Cannot start: {error}", file=sys.stderr)
+        sys.exit(4)  # gunicorn's "the app can't be loaded": it doesn't try again
+
+
+def serve_locally() -> None:
+    """`python app.py`: a banner, then gunicorn, or Flask's own threaded server where that doesn't run."""
+    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "1"
+    app = start()
+    host, port = app.config["HOST"], app.config["PORT"]
+    _require_free_port(host, port)
+    print(BANNER.format_map(app.config), flush=True)
+    if os.name == "posix" and importlib.util.find_spec("gunicorn"):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+        conf = str(FOLDER / "gunicorn.conf.py")
+        os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "--config", conf, "app:app"])  # noqa: S606
+    server = cast(ThreadedWSGIServer, make_server(host, port, app, threaded=True))
+    server.daemon_threads = False  # requests in flight are answered before the process ends
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server.serve_forever()
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            print(f"Cannot start: {host} port {port}: {error.strerror} - set HOST or PORT", file=sys.stderr)
+            sys.exit(1)
+
+
+with suppress(ImportError):  # a .env file is read where python-dotenv is installed
+    importlib.import_module("dotenv").load_dotenv(FOLDER / ".env")
+
+if __name__ == "__main__":
+    serve_locally()
+else:
+    app = start()

@@ -1,0 +1,412 @@
+"""The SQLite store: one item, its stock, and every purchase on record.
+
+The database alone keeps the promise that each unit is sold exactly once: its write lock puts the
+sales one after another, its constraints (schema.sql) refuse what must never be. Nothing in this
+process decides a sale, so any number of threads and processes may use the same file.
+"""
+
+import logging
+import os
+import random
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
+SCHEMA_VERSION = 1
+ITEM_ID = 1
+
+RETRY_SLEEP_MIN_S = 0.0005
+RETRY_SLEEP_MAX_S = 0.005
+CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
+CHECKPOINT_PATIENCE_MS = 100  # a checkpoint may hold the write lock while it waits for a reader
+HEALTH_LOCK_TIMEOUT_S = 1.0
+
+# Where the platform has fdatasync, COMMIT doesn't flush: _Reader.flush does, after the lock is free.
+FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
+
+FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
+FIND_KEY = "SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = ?"
+TAKE_UNIT = "UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
+RECORD_PURCHASE = (
+    "INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock) VALUES (1, ?, ?, ?)"
+)
+FIND_INVENTORY = """
+    SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
+        (SELECT remaining_stock FROM purchases ORDER BY purchase_id DESC LIMIT 1), initial_stock),
+        last_updated FROM inventory"""
+COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
+
+log = logging.getLogger(__name__)
+
+
+class StoreError(Exception):
+    """The store refused."""
+
+    @property
+    def message(self) -> str:
+        """What a buyer is told: the docstring of the error's class."""
+        return type(self).__doc__ or ""
+
+
+class SoldOut(StoreError):
+    """SOLD OUT - No more inventory available"""
+
+
+class Busy(StoreError):
+    """Server busy - please retry"""
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(f"no write lock after {waited_s:.3f} s")
+        self.waited_s = waited_s
+
+
+class KeyReused(StoreError):
+    """This Idempotency-Key belongs to another customer's purchase - send a new key"""
+
+    def __init__(self, idempotency_key: str) -> None:
+        super().__init__("idempotency key used by another customer")
+        self.idempotency_key = idempotency_key
+
+
+class Unavailable(StoreError):
+    """Purchases are not possible at the moment, nothing was sold - please retry later"""
+
+
+class OutcomeUnknown(StoreError):
+    """The purchase may or may not have been stored - repeat it with the same Idempotency-Key"""
+
+
+class Purchase(NamedTuple):
+    purchase_id: int
+    remaining_stock: int
+    replayed: bool
+
+
+class Inventory(NamedTuple):
+    item_id: int
+    item_name: str
+    current_stock: int
+    initial_stock: int
+    total_purchases: int  # as the last purchase tells it, so it costs the same at any number
+    last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
+
+
+class Audit(NamedTuple):
+    initial_stock: int
+    current_stock: int
+    purchase_records: int  # counted row by row
+
+    @property
+    def consistent(self) -> bool:
+        return self.current_stock + self.purchase_records == self.initial_stock
+
+
+def open_store(url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> "SQLiteStore":
+    """The store that `url` names; nothing is opened yet.
+
+    `item_name` and `initial_stock` (units) are used when the database is created, `lock_timeout_s`
+    bounds the wait for the write lock. Raises ValueError for a URL that names no store.
+    """
+    scheme, _, path = url.partition(":///")
+    if scheme != "sqlite" or path in ("", ":memory:"):
+        raise ValueError("must be sqlite:///relative/path or sqlite:////absolute/path")
+    return SQLiteStore(Path(path).absolute(), item_name, initial_stock, lock_timeout_s)
+
+
+class SQLiteStore:
+    """Every method raises Unavailable, with its cause, when SQLite can't use the file."""
+
+    def __init__(self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
+        self.path = path
+        self.item_name = item_name
+        self.initial_stock = initial_stock
+        self.lock_timeout_s = lock_timeout_s
+        self._idle: dict[int, deque[_Reader]] = {}
+
+    def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
+        """Sell one unit; when this returns, the purchase is on disk.
+
+        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy and
+        Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while committing).
+        """
+        with self._reader() as reader:
+            # Without the lock first: stock rises only by reset, so a committed 0 is the truth now.
+            purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
+            if purchase is None:
+                with self._transaction() as connection:
+                    purchase = _sell(connection, customer_id, idempotency_key)
+            self._flush(reader)  # for a replay too: its first answer may have died before the flush
+        if purchase.purchase_id % CHECKPOINT_EVERY == 0:
+            self._checkpoint()
+        return purchase
+
+    def inventory(self) -> Inventory:
+        with self._reader() as reader:
+            return Inventory(*reader.connection.execute(FIND_INVENTORY).fetchone())
+
+    def audit(self) -> Audit:
+        with self._reader() as reader:
+            return Audit(*reader.connection.execute(COUNT_PURCHASES).fetchone())
+
+    def reset(self, stock: int) -> None:
+        """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
+        with self._reader() as reader:
+            with self._transaction() as connection:
+                connection.execute("DELETE FROM purchases")
+                connection.execute(
+                    "UPDATE inventory SET stock = ?, initial_stock = ?, last_updated = CURRENT_TIMESTAMP",
+                    (stock, stock),
+                )
+            self._flush(reader)
+        self._checkpoint()
+
+    def check(self) -> None:
+        """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
+        with self._reader() as reader:
+            with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
+                connection.execute("UPDATE inventory SET stock = stock")
+            self._flush(reader)
+        self._checkpoint()
+
+    def create(self) -> None:
+        """Make the tables and the first stock, if they aren't there.
+
+        Safe from many processes at once. An existing database is only read, without the write lock.
+        """
+        with _faults(self.path):
+            self._require_writable()
+            with closing(self._connect()) as connection:
+                if not _is_ours(connection):
+                    mode = _when_free(connection, "PRAGMA journal_mode = WAL", self.lock_timeout_s)
+                    if mode.fetchone() != ("wal",):
+                        raise Unavailable(f"{self.path}: this file system can't hold a WAL database")
+                    self._create_tables()
+                if connection.execute(FIND_STOCK).fetchone() is None:
+                    raise Unavailable(f"{self.path}: the inventory table is empty")
+
+    def close(self) -> None:
+        """Close this process's standing connections."""
+        for reader in self._idle.pop(os.getpid(), ()):
+            reader.close()
+
+    def _create_tables(self) -> None:
+        with self._transaction() as connection:
+            if not _is_ours(connection):  # else another process was first
+                for statement in _statements(SCHEMA.read_text(encoding="utf-8")):
+                    connection.execute(statement)
+                connection.execute(
+                    "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (1, ?, ?, ?)",
+                    (self.item_name, self.initial_stock, self.initial_stock),
+                )
+
+    def _require_writable(self) -> None:
+        """Put an empty file there, for its owner only, or say why no database can be there."""
+        if sqlite3.sqlite_version_info < (3, 37):
+            raise Unavailable(f"SQLite 3.37 or newer is needed, this is {sqlite3.sqlite_version}")
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+        for place in (self.path, self.path.parent):
+            if not os.access(place, os.W_OK):
+                raise Unavailable(f"{place} is read-only")
+
+    def _connect(self, mode: str = "rw") -> sqlite3.Connection:
+        """A connection that waits for the lock timeout where SQLite itself waits (set-up, reads)."""
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode={mode}",
+            uri=True,
+            timeout=self.lock_timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+        connection.execute(f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}")
+        return connection
+
+    @contextmanager
+    def _transaction(self, lock_timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
+        """The one place that begins, commits and rolls back, on a connection of its own."""
+        with closing(self._connect()) as connection:
+            connection.execute("PRAGMA busy_timeout = 0")  # SQLite's own waiting lets newcomers overtake
+            _when_free(connection, "BEGIN IMMEDIATE", lock_timeout_s or self.lock_timeout_s)
+            try:
+                yield connection
+                _commit(connection)
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reader(self) -> Iterator["_Reader"]:
+        """This process's standing connection, or one more while another thread uses it."""
+        idle = self._idle.setdefault(os.getpid(), deque())
+        with _faults(self.path):
+            reader = self._idle_reader(idle) or _Reader(self._connect("ro"), self.path)
+            try:
+                yield reader
+            except (sqlite3.Error, OSError):
+                reader.close()  # it may be what is broken: the next call opens another
+                raise
+            finally:
+                if reader.is_open:
+                    idle.append(reader)
+
+    def _idle_reader(self, idle: deque["_Reader"]) -> "_Reader | None":
+        with suppress(IndexError):
+            while reader := idle.pop():
+                if reader.file_id == _file_id(self.path):
+                    return reader
+                reader.close()  # the database was replaced under us
+        return None
+
+    def _flush(self, reader: "_Reader") -> None:
+        """Put every COMMIT so far on disk. No lock is held, so the flushes of several workers overlap."""
+        if not FLUSH_AFTER_LOCK:
+            return
+        try:
+            os.fdatasync(reader.wal)
+        except OSError as error:
+            # The kernel now takes the pages it couldn't write for clean: no later sale may build on them.
+            self._checkpoint()
+            raise OutcomeUnknown(f"{self.path}-wal: flush failed: {error}") from error
+
+    def _checkpoint(self) -> None:
+        """Fold the WAL into the database file, so that it starts over.
+
+        RESTART holds the write lock. A checkpoint beside a commit can corrupt the database in SQLite
+        before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"), hence wal_autocheckpoint=0 and this.
+        """
+        try:
+            with closing(self._connect()) as connection:
+                connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE_MS}")
+                if connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+                    log.warning("checkpoint incomplete, the WAL grows: another program is reading %s", self.path)
+        except sqlite3.Error as error:
+            log.error("checkpoint of %s failed: %s", self.path, error)  # the sale before it is safe in the WAL
+
+
+class _Reader:
+    """A standing connection: read-only, opened after the fork, each read on it finished at once.
+
+    While one is open SQLite keeps the WAL; the last close deletes it, and the next sale pays for a new
+    one. `wal` is open since before any COMMIT that is flushed through it, so that a write error in
+    between is reported to it.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.file_id = _file_id(path)
+        self.connection = connection
+        self.connection.execute(FIND_STOCK).fetchone()  # opens the WAL
+        self.wal = os.open(f"{path}-wal", os.O_RDONLY)
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+        os.close(self.wal)
+        self.connection.close()
+
+
+def _look_up(
+    connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
+) -> tuple[Purchase | None, int]:
+    """What the key has bought already, and the stock. Raises KeyReused and SoldOut."""
+    stock = connection.execute(FIND_STOCK).fetchone()[0]
+    # The key after the stock: by then a sale that took the last unit is on record.
+    if idempotency_key is not None:
+        found = connection.execute(FIND_KEY, (idempotency_key,)).fetchone()
+        if found is not None:
+            purchase_id, remaining_stock, owner = found
+            if owner != customer_id:
+                raise KeyReused(idempotency_key)
+            return Purchase(purchase_id, remaining_stock, replayed=True), stock
+    if stock == 0:
+        raise SoldOut
+    return None, stock
+
+
+def _sell(connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None) -> Purchase:
+    """Under the lock: look again, take a unit, record who has it."""
+    purchase, stock = _look_up(connection, customer_id, idempotency_key)
+    if purchase is not None:
+        return purchase
+    connection.execute(TAKE_UNIT)
+    row = connection.execute(RECORD_PURCHASE, (customer_id, idempotency_key, stock - 1))
+    return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
+
+
+def _when_free(connection: sqlite3.Connection, statement: str, lock_timeout_s: float) -> sqlite3.Cursor:
+    """Execute a statement that begins by taking a lock, and again while another has it, or raise Busy.
+
+    The sleeps are short, random and bounded: nobody is starved, and nobody sleeps while the lock is free
+    for long.
+    """
+    started = time.monotonic()
+    sleep_max_s = RETRY_SLEEP_MIN_S
+    while True:
+        try:
+            return connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the low byte: without SQLite's details
+                raise
+        waited_s = time.monotonic() - started
+        if waited_s >= lock_timeout_s:
+            raise Busy(waited_s)
+        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))
+        sleep_max_s = min(sleep_max_s * 1.5, RETRY_SLEEP_MAX_S)
+
+
+def _commit(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # no room for the record: certainly not sold
+            raise
+        raise OutcomeUnknown(f"COMMIT failed: {error}") from error
+
+
+def _is_ours(connection: sqlite3.Connection) -> bool:
+    """False for a blank file; raises Unavailable for anybody else's, or another version's."""
+    application_id, version, tables = connection.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
+        " FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if (application_id, version, tables) == (0, 0, 0):
+        return False
+    if application_id != APPLICATION_ID:
+        raise Unavailable("this is another program's database")
+    if version != SCHEMA_VERSION:
+        raise Unavailable(f"its schema has version {version}, this program needs {SCHEMA_VERSION}")
+    return True
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: executescript() would commit before the first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Whatever keeps SQLite from using the file becomes Unavailable, but for a refused constraint: a bug."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise Unavailable(f"{path}: {error}") from error
