@@ -12,13 +12,13 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import click
-from flask import Blueprint, Flask, Response, abort, current_app, request
+from flask import Flask, Response, abort, current_app, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, make_server
@@ -68,17 +68,15 @@ REFUSALS: dict[type[db.StoreError], tuple[int, dict[str, Any]]] = {
     db.OutcomeUnknown: (500, {}),
 }
 
-api = Blueprint("api", __name__, cli_group=None)
 log = logging.getLogger(__name__)
 
 
-@api.get("/")
 def describe() -> ResponseReturnValue:
     """What this service is and offers"""
     return {
         "service": "Flash Sale Inventory Service",
         "version": VERSION,
-        "endpoints": _endpoints(),
+        "endpoints": {endpoint: view.__doc__ for endpoint, view in ROUTES.items()},
         "concurrency_model": "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase",
         "guarantees": [
             "each unit is sold exactly once: no overselling, no underselling",
@@ -89,7 +87,6 @@ def describe() -> ResponseReturnValue:
     }
 
 
-@api.post("/buy_ticket")
 def buy_ticket() -> ResponseReturnValue:
     """Purchase a ticket"""
     purchase = _store().buy(_customer_id(), _idempotency_key())
@@ -102,13 +99,11 @@ def buy_ticket() -> ResponseReturnValue:
     return (body, {"Idempotent-Replayed": "true"}) if purchase.replayed else body
 
 
-@api.get("/inventory")
 def inventory() -> ResponseReturnValue:
     """Current stock and number of purchases"""
     return _store().inventory()._asdict()
 
 
-@api.post("/reset")
 def reset() -> ResponseReturnValue:
     """For testing only: forget all purchases, refill the stock"""
     if not current_app.config["ALLOW_RESET"]:
@@ -120,21 +115,18 @@ def reset() -> ResponseReturnValue:
     return {"success": True, "message": f"Inventory reset to {stock} units", "current_stock": stock}
 
 
-@api.get("/health")
 def health() -> ResponseReturnValue:
     """Whether a purchase could be made now"""
     _store().check()
     return {"status": "ok"}
 
 
-@api.get("/audit")
 def audit() -> ResponseReturnValue:
     """Purchase records counted row by row, against the stock"""
     counted = _store().audit()
     return counted._asdict() | {"consistent": counted.consistent}
 
 
-@api.get("/metrics")
 def metrics() -> ResponseReturnValue:
     """Stock, sold and initial stock for Prometheus"""
     now = _store().inventory()
@@ -150,29 +142,12 @@ def metrics() -> ResponseReturnValue:
     return Response("".join(lines), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@api.before_app_request
-def read_body() -> None:
-    """Take the body in before anything is answered.
-
-    Closing a connection with bytes unread resets it, and the client would lose the answer.
-    """
-    if request.headers.get("Transfer-Encoding"):
-        _discard_body()
-        abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        _discard_body()
-        abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
-    request.get_data()
-
-
-@api.after_app_request
 def protect(response: Response) -> Response:
     response.headers["Cache-Control"] = "no-store"  # a 410 is cacheable by default (RFC 9110, 15.5.11)
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
-@api.app_errorhandler(db.StoreError)
 def refuse(error: db.StoreError) -> ResponseReturnValue:
     status, members = REFUSALS[type(error)]
     if not isinstance(error, db.SoldOut | db.KeyReused):
@@ -181,34 +156,48 @@ def refuse(error: db.StoreError) -> ResponseReturnValue:
     return {"success": False, "message": error.message, **members}, status, headers
 
 
-@api.app_errorhandler(HTTPException)
 def refuse_request(error: HTTPException) -> ResponseReturnValue:
-    """Werkzeug's answer with its status and headers, as JSON."""
+    """Werkzeug's answer with its status and headers, as JSON.
+
+    What is left of the body is read first: closing a connection on unread bytes resets it, and the
+    client would lose the answer.
+    """
+    for _ in range(MAX_DISCARD_BYTES // 65536):
+        if not request.stream.read(65536):
+            break
     response = error.get_response()
     response.set_data(json.dumps({"success": False, "message": error.description}))
     response.content_type = "application/json"
     return cast(Response, response)
 
 
-@api.app_errorhandler(Exception)
 def fail(error: Exception) -> ResponseReturnValue:
     log.exception("%s %s failed", request.method, request.path, exc_info=error)
     return {"success": False, "message": db.OutcomeUnknown.__doc__}, 500
 
 
-@api.cli.command("init-db")
 def init_db_command() -> None:
     """Create the database, if it isn't there."""
     now = _store().inventory()
     click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
 
 
-@api.cli.command("audit")
 def audit_command() -> None:
     """Count the purchases; exit status 1 if they don't add up."""
     counted = _store().audit()
     click.echo(json.dumps(counted._asdict() | {"consistent": counted.consistent}))
     sys.exit(not counted.consistent)
+
+
+ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
+    "GET /": describe,
+    "POST /buy_ticket": buy_ticket,
+    "GET /inventory": inventory,
+    "POST /reset": reset,
+    "GET /health": health,
+    "GET /audit": audit,
+    "GET /metrics": metrics,
+}
 
 
 def _customer_id() -> str:
@@ -226,6 +215,10 @@ def _idempotency_key() -> str | None:
 
 
 def _json_object() -> dict[str, Any]:
+    if "HTTP_TRANSFER_ENCODING" in request.environ:
+        abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
     body = request.get_data()
     if not body:
         return {}
@@ -245,20 +238,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 JSON = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _discard_body() -> None:
-    for _ in range(MAX_DISCARD_BYTES // 65536):
-        if not request.stream.read(65536):
-            break
-
-
-def _endpoints() -> dict[str, str]:
-    return {
-        f"{method} {rule.rule}": (current_app.view_functions[rule.endpoint].__doc__ or "").splitlines()[0]
-        for rule in current_app.url_map.iter_rules()
-        for method in sorted((rule.methods or set()) & {"GET", "POST"})
-    }
 
 
 def _store() -> db.SQLiteStore:
@@ -295,7 +274,15 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # its 200 isn't JSON
     app.url_map.merge_slashes = False  # //inventory is a 404 in JSON, not a redirect in HTML
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.register_blueprint(api)
+    for endpoint, view in ROUTES.items():
+        method, path = endpoint.split()
+        app.add_url_rule(path, view_func=view, methods=[method])
+    app.after_request(protect)
+    app.register_error_handler(db.StoreError, refuse)
+    app.register_error_handler(HTTPException, refuse_request)
+    app.register_error_handler(Exception, fail)
+    app.cli.command("init-db")(init_db_command)
+    app.cli.command("audit")(audit_command)
     names = ("DATABASE_URL", "ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT")
     try:
         app.extensions["store"] = store = db.open_store(*(app.config[name] for name in names))

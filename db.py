@@ -26,6 +26,7 @@ RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_MS = 100  # a checkpoint may hold the write lock while it waits for a reader
 HEALTH_LOCK_TIMEOUT_S = 1.0
+REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
 # Where the platform has fdatasync, COMMIT doesn't flush: _Reader.flush does, after the lock is free.
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
@@ -243,28 +244,17 @@ class SQLiteStore:
                     connection.execute("ROLLBACK")
                 raise
 
-    @contextmanager
-    def _reader(self) -> Iterator["_Reader"]:
+    def _reader(self) -> "_Reader":
         """This process's standing connection, or one more while another thread uses it."""
         idle = self._idle.setdefault(os.getpid(), deque())
-        with _faults(self.path):
-            reader = self._idle_reader(idle) or _Reader(self._connect("ro"), self.path)
-            try:
-                yield reader
-            except (sqlite3.Error, OSError):
-                reader.close()  # it may be what is broken: the next call opens another
-                raise
-            finally:
-                if reader.is_open:
-                    idle.append(reader)
-
-    def _idle_reader(self, idle: deque["_Reader"]) -> "_Reader | None":
-        with suppress(IndexError):
-            while reader := idle.pop():
-                if reader.file_id == _file_id(self.path):
+        while idle:
+            with suppress(IndexError):  # another thread was faster
+                reader = idle.pop()
+                if reader.is_current():
                     return reader
-                reader.close()  # the database was replaced under us
-        return None
+                reader.close()
+        with _faults(self.path):
+            return _Reader(self._connect("ro"), self.path, idle)
 
     def _flush(self, reader: "_Reader") -> None:
         """Put every COMMIT so far on disk. No lock is held, so the flushes of several workers overlap."""
@@ -287,9 +277,9 @@ class SQLiteStore:
             with closing(self._connect()) as connection:
                 connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE_MS}")
                 if connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
-                    log.warning("checkpoint incomplete, the WAL grows: another program is reading %s", self.path)
-        except sqlite3.Error as error:
-            log.error("checkpoint of %s failed: %s", self.path, error)  # the sale before it is safe in the WAL
+                    log.warning("checkpoint incomplete, the WAL grows: a reader holds on to %s", self.path)
+        except sqlite3.Error as error:  # the sales before it are safe in the WAL
+            log.error("checkpoint of %s failed: %s", self.path, error)
 
 
 class _Reader:
@@ -300,15 +290,36 @@ class _Reader:
     between is reported to it.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path, idle: deque["_Reader"]) -> None:
+        self.path = path
+        self.idle = idle
         self.file_id = _file_id(path)
+        self.next_check = time.monotonic() + REPLACED_CHECK_S
         self.connection = connection
         self.connection.execute(FIND_STOCK).fetchone()  # opens the WAL
         self.wal = os.open(f"{path}-wal", os.O_RDONLY)
-        self.is_open = True
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, sqlite3.Error | OSError):
+            self.idle.append(self)
+            return
+        self.close()  # it may be what is broken: the next call opens another
+        with _faults(self.path):
+            raise error
+
+    def is_current(self) -> bool:
+        """False if the database file was replaced; looked at once in REPLACED_CHECK_S."""
+        if time.monotonic() < self.next_check:
+            return True
+        self.next_check = time.monotonic() + REPLACED_CHECK_S
+        with suppress(OSError):
+            return _file_id(self.path) == self.file_id
+        return False
 
     def close(self) -> None:
-        self.is_open = False
         os.close(self.wal)
         self.connection.close()
 
@@ -358,7 +369,7 @@ def _when_free(connection: sqlite3.Connection, statement: str, lock_timeout_s: f
         waited_s = time.monotonic() - started
         if waited_s >= lock_timeout_s:
             raise Busy(waited_s)
-        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))
+        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))  # noqa: S311
         sleep_max_s = min(sleep_max_s * 1.5, RETRY_SLEEP_MAX_S)
 
 
