@@ -68,6 +68,11 @@ REFUSALS: dict[type[db.StoreError], tuple[int, dict[str, Any]]] = {
     db.OutcomeUnknown: (500, {}),
 }
 
+HINTS = {
+    404: "There is nothing at this path - GET / lists the endpoints.",
+    405: "This path takes other methods - the header Allow lists them, GET / what they do.",
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -166,7 +171,8 @@ def refuse_request(error: HTTPException) -> ResponseReturnValue:
         if not request.stream.read(65536):
             break
     response = error.get_response()
-    response.set_data(json.dumps({"success": False, "message": error.description}))
+    message = HINTS.get(response.status_code, error.description)
+    response.set_data(json.dumps({"success": False, "message": message}))
     response.content_type = "application/json"
     return cast(Response, response)
 

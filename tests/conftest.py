@@ -1,0 +1,88 @@
+"""Fixtures: a database of its own for each test, the stores that have to keep the contract, a test client."""
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+import db
+
+# Importing app makes the module's own app: give it a database that is not the developer's.
+_import_folder = tempfile.mkdtemp()
+os.environ["DATABASE_URL"] = f"sqlite:///{_import_folder}/import.db"
+OpenStore = Callable[..., Any]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_import_folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "inventory.db"
+
+
+@pytest.fixture
+def store_url(database: Path) -> str:
+    """The empty database that the contract's tests use; overridden for other stores."""
+    return f"sqlite:///{database}"
+
+
+@pytest.fixture
+def open_store(store_url: str) -> Iterator[OpenStore]:
+    """Opens (again) the test's database, created with 5 units unless `stock` says otherwise."""
+    opened = []
+
+    def open_again(stock: int = 5, lock_timeout_s: float = 5.0) -> Any:
+        store = db.open_store(store_url, "Concert", stock, lock_timeout_s)
+        opened.append(store)
+        store.create()
+        return store
+
+    yield open_again
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def make_app(database: Path) -> Iterator[Callable[..., Flask]]:
+    from app import create_app
+
+    made = []
+
+    def make(**config: Any) -> Flask:
+        defaults = {"DATABASE_URL": f"sqlite:///{database}", "INITIAL_STOCK": 5, "ALLOW_RESET": 1}
+        made.append(create_app(defaults | config))
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.extensions["store"].close()
+
+
+@pytest.fixture
+def client(make_app: Callable[..., Flask]) -> FlaskClient:
+    return make_app().test_client()
+
+
+@pytest.fixture
+def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
+    """What is really stored: the stock, and (customer_id, idempotency_key, remaining_stock) of each purchase."""
+
+    def read() -> tuple[int, list[tuple[Any, ...]]]:
+        connection = sqlite3.connect(database)
+        try:
+            stock = connection.execute("SELECT stock FROM inventory").fetchone()[0]
+            query = "SELECT customer_id, idempotency_key, remaining_stock FROM purchases ORDER BY purchase_id"
+            return stock, connection.execute(query).fetchall()
+        finally:
+            connection.close()
+
+    return read
