@@ -21,7 +21,7 @@ STOP_LIMIT_S = 20.0
 
 
 class Answer(NamedTuple):
-    status: int  # 0: no answer, the connection was refused, reset or closed
+    status: int  # 0: no answer; `text` says why
     headers: dict[str, str]  # names in lower case
     text: str
 
@@ -46,8 +46,8 @@ def environment(**variables: str) -> dict[str, str]:
 class Service:
     """`gunicorn app:app` (or another command) on a free port; `with` stops it as SIGTERM does."""
 
-    def __init__(self, folder: Path, *command: str, **variables: str) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path, *command: str, cwd: Path = PROJECT, **variables: str) -> None:
+        self.port = int(variables.get("PORT", 0)) or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / f"service-{self.port}.log"
         defaults = {
@@ -59,7 +59,7 @@ class Service:
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command or (sys.executable, "-m", "gunicorn", "app:app"),
-                cwd=PROJECT,
+                cwd=cwd,
                 env=environment(**defaults | variables),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -123,8 +123,10 @@ def parse_answer(raw: bytes) -> Answer:
     head, _, body = raw.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")
     if not lines[0].startswith("HTTP/1.1 "):
-        return Answer(0, {}, "")
+        return Answer(0, {}, raw.decode("utf-8", "replace"))
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+    if len(body) != int(headers["content-length"]):
+        return Answer(0, {}, f"incomplete: {raw!r}")
     return Answer(int(lines[0].split()[1]), headers, body.decode("utf-8"))
 
 
@@ -169,7 +171,8 @@ def _advance(
         received[key.data] += data
     except BlockingIOError:
         return
-    except OSError:  # refused or reset: what came until then is the answer
+    except OSError as error:  # refused or reset: what came until then is the answer
+        received[key.data] = received[key.data] or bytearray(repr(error).encode())
         data = b""
     if not data:
         crowd.unregister(buyer)

@@ -295,7 +295,8 @@ def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "inventory.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://a/b", "sqlite:/x.db"]
+    "url",
+    ["", "inventory.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://a/b", "sqlite:/x.db"],
 )
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="sqlite:///"):
@@ -377,9 +378,7 @@ def test_64_threads_in_4_processes_are_never_told_busy(open_store: OpenStore, st
     seconds = float(os.environ.get("STRESS_SECONDS", "15"))
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()
-    processes = [
-        context.Process(target=hammer, args=(store_url, 16, seconds, counts)) for _ in range(4)
-    ]
+    processes = [context.Process(target=hammer, args=(store_url, 16, seconds, counts)) for _ in range(4)]
     for process in processes:
         process.start()
     results = [counts.get(timeout=seconds + 60) for _ in processes]

@@ -1,0 +1,126 @@
+"""The configuration: defaults, order of precedence, and values that make no sense."""
+
+import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from service import PROJECT, environment
+
+import app as app_module
+
+
+def test_without_variables_the_defaults_hold() -> None:
+    config = app_module.read_config({})
+    workers = config.pop("WEB_CONCURRENCY")
+    assert 2 <= workers <= 8
+    assert config == {
+        "DATABASE_URL": "sqlite:///inventory.db",
+        "ITEM_NAME": "Item A - Concert Ticket",
+        "INITIAL_STOCK": 100,
+        "LOCK_TIMEOUT": 5.0,
+        "ALLOW_RESET": 0,
+        "HOST": "127.0.0.1",
+        "PORT": 8000,
+    }
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    assert app_module.read_config(dict.fromkeys(app_module.NUMBERS, "")) == app_module.read_config({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("INITIAL_STOCK", "0", 0),
+        ("INITIAL_STOCK", "1000000000", 1_000_000_000),
+        ("LOCK_TIMEOUT", "0.25", 0.25),
+        ("LOCK_TIMEOUT", "0", 0.0),
+        ("PORT", " 8080 ", 8080),
+        ("ALLOW_RESET", "1", 1),
+        ("ITEM_NAME", "Zoë's show", "Zoë's show"),
+    ],
+)
+def test_a_variable_is_read(name: str, value: str, read: Any) -> None:
+    assert app_module.read_config({name: value})[name] == read
+
+
+IMPOSSIBLE = [
+    ("INITIAL_STOCK", "-5"),
+    ("INITIAL_STOCK", "1000000001"),
+    ("INITIAL_STOCK", "many"),
+    ("INITIAL_STOCK", "1.5"),
+    ("LOCK_TIMEOUT", "soon"),
+    ("LOCK_TIMEOUT", "-1"),
+    ("LOCK_TIMEOUT", "nan"),
+    ("LOCK_TIMEOUT", "inf"),
+    ("ALLOW_RESET", "maybe"),
+    ("ALLOW_RESET", "2"),
+    ("PORT", "0"),
+    ("PORT", "65536"),
+    ("PORT", "http"),
+    ("WEB_CONCURRENCY", "0"),
+    ("DATABASE_URL", "mysql://localhost/shop"),
+    ("DATABASE_URL", "inventory.db"),
+    ("DATABASE_URL", "sqlite:///:memory:"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_a_value_that_makes_no_sense_is_named(
+    make_app: Callable[..., Flask], database: Path, name: str, value: str
+) -> None:
+    with pytest.raises(app_module.ConfigError, match=f"^{name} .*"):
+        make_app(**{name: value})
+    assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["app.py"], ["-m", "gunicorn", "app:app"], ["-m", "flask", "--app", "app", "audit"]]
+)
+@pytest.mark.parametrize(
+    ("name", "value"), [("INITIAL_STOCK", "-5"), ("DATABASE_URL", "mysql://u:secret@h/d")]
+)
+def test_a_start_with_such_a_value_ends_with_one_clear_line(
+    tmp_path: Path, command: list[str], name: str, value: str
+) -> None:
+    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"} | {name: value}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=PROJECT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode not in (0, None)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"Cannot start: {name} ")
+    assert "secret" not in done.stderr + done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("timeout", ["0", "5", "29.5", "600"])
+def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Flask], timeout: str
+) -> None:
+    monkeypatch.setattr(app_module, "app", make_app(LOCK_TIMEOUT=timeout, HOST="127.0.0.2", PORT=1234))
+    conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
+    assert conf["timeout"] >= math.ceil(float(timeout)) + 20
+    assert isinstance(conf["timeout"], int)
+    assert (conf["bind"], conf["backlog"]) == ("127.0.0.2:1234", 2048)
+    assert conf["control_socket_disable"] is True
+    assert "%(r)s" not in conf["access_log_format"]
+    assert "%(q)s" not in conf["access_log_format"]
+
+
+def test_every_variable_is_in_the_example_file() -> None:
+    example = (PROJECT / ".env.example").read_text(encoding="utf-8")
+    for name in (*app_module.TEXTS, *app_module.NUMBERS):
+        assert f"\n{name}=" in example or f"\n# {name}=" in example

@@ -1,0 +1,244 @@
+"""Starting and stopping, with real processes and signals."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import requests
+from service import PROJECT, Service, environment, free_port, parse_answer, purchase_request
+from test_sqlite_store import write_lock
+
+LOCAL_DEMO = (sys.executable, "app.py")
+GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")
+FLASK = (sys.executable, "-m", "flask", "--app", "app", "run", "--port")
+WITHOUT_GUNICORN = (
+    sys.executable,
+    "-c",
+    "import importlib.util as u, runpy; find = u.find_spec;"
+    "u.find_spec = lambda name, *a: None if name == 'gunicorn' else find(name, *a);"
+    "runpy.run_path('app.py', run_name='__main__')",
+)
+
+
+def test_the_local_demo_prints_a_banner_and_allows_reset(tmp_path: Path) -> None:
+    with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="", ITEM_NAME="Zoë's show", INITIAL_STOCK="7") as service:
+        banner = service.log.split("Starting gunicorn")[0]
+        for part in ("Zoë's show", "7 units", "BEGIN IMMEDIATE", "5 s", service.url):
+            assert part in banner
+        deadline = time.monotonic() + 10
+        while len(service.workers()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(service.workers()) == 4
+        service.reset(3)
+        assert service.get("/inventory")["current_stock"] == 3
+
+
+def test_the_local_demo_leaves_reset_off_where_the_variable_says_so(tmp_path: Path) -> None:
+    with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="0") as service:
+        assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
+
+
+def test_under_gunicorn_reset_is_off_by_default(tmp_path: Path) -> None:
+    with Service(tmp_path, *GUNICORN, ALLOW_RESET="") as service:
+        assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
+
+
+def test_the_local_demo_runs_from_another_folder_and_keeps_its_database_there(tmp_path: Path) -> None:
+    demo = (sys.executable, str(PROJECT / "app.py"))
+    with Service(tmp_path, *demo, cwd=tmp_path, DATABASE_URL="") as service:
+        assert service.buy().status_code == 200
+        assert (tmp_path / "inventory.db").exists()
+
+
+@pytest.mark.parametrize("command", [LOCAL_DEMO, GUNICORN, WITHOUT_GUNICORN])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_answers_the_request_in_flight_and_exits_0(
+    tmp_path: Path, command: tuple[str, ...], number: int
+) -> None:
+    with Service(tmp_path, *command) as service:
+        answers = []
+        with write_lock(tmp_path / "inventory.db") as holder:
+            with socket.create_connection(("127.0.0.1", service.port)) as buyer:
+                buyer.sendall(purchase_request("alice"))
+                wait_until_it_is_read(service.port)
+                if number == signal.SIGINT and command != WITHOUT_GUNICORN:
+                    os.killpg(service.process.pid, number)  # as a terminal does, to the workers too
+                stopping = threading.Thread(target=lambda: answers.append(service.stop(number)))
+                stopping.start()
+                holder.execute("ROLLBACK")
+                buyer.settimeout(20)
+                raw = b"".join(iter(lambda: buyer.recv(65536), b""))
+        stopping.join()
+        assert parse_answer(raw).json["purchase_id"] == 1
+        assert answers == [0]
+
+
+def wait_until_it_is_read(port: int) -> None:
+    """Until no established connection to the port has bytes waiting to be received by the server."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        waiting = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            local_port, state = int(fields[1].split(":")[1], 16), fields[3]
+            if local_port == port and state == "01":
+                waiting += int(fields[4].split(":")[1], 16)
+            if local_port == port and state == "0A":  # listening: the length of the backlog
+                waiting += int(fields[4].split(":")[1], 16)
+        if not waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the request was never read")
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            LOCAL_DEMO,
+            cwd=PROJECT,
+            env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port)),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"Cannot start: 127.0.0.1 port {port}: Address already in use - set HOST or PORT\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", [LOCAL_DEMO, GUNICORN])
+def test_a_database_that_is_not_ours_is_told_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    path = tmp_path / "inventory.db"
+    path.write_text("shopping list\n" * 100)
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment(DATABASE_URL=f"sqlite:///{path}", PORT=str(free_port())),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode not in (0, None)
+    assert done.stderr == f"Cannot start: {path}: file is not a database\n"
+
+
+def in_a_read_only_folder(folder: Path) -> tuple[str, ...]:
+    """The demo's command where it can't write to the folder: a mode keeps everybody out but root."""
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        return LOCAL_DEMO
+    mount = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
+    return ("unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(LOCAL_DEMO)}")
+
+
+def test_a_read_only_folder_is_told_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        in_a_read_only_folder(tmp_path),
+        cwd=PROJECT,
+        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(free_port())),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    tmp_path.chmod(0o700)
+    assert done.returncode == 4
+    assert re.fullmatch(r"Cannot start: .*(Read-only file system|Permission denied).*\n", done.stderr)
+
+
+def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> None:
+    shared = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db", "WEB_CONCURRENCY": "1"}
+    services = [Service(tmp_path, *GUNICORN, INITIAL_STOCK="10", **shared) for _ in range(8)]
+    try:
+        for service in services:
+            service.__enter__()
+        statuses = [service.buy().status_code for service in services * 2]
+        assert sorted(statuses) == [200] * 10 + [410] * 6
+        assert services[0].get("/audit")["purchase_records"] == 10
+    finally:
+        for service in services:
+            service.__exit__(None, None, None)
+
+
+def test_a_second_start_neither_refills_nor_empties(tmp_path: Path) -> None:
+    with Service(tmp_path, *GUNICORN, INITIAL_STOCK="10") as service:
+        service.buy()
+    with Service(tmp_path, *GUNICORN, INITIAL_STOCK="500") as service:
+        assert service.get("/audit") == {
+            "initial_stock": 10,
+            "current_stock": 9,
+            "purchase_records": 1,
+            "consistent": True,
+        }
+
+
+def test_a_worker_that_is_killed_is_replaced_while_the_write_lock_is_held(tmp_path: Path) -> None:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:
+        with write_lock(tmp_path / "inventory.db"):
+            os.kill(service.workers()[0], signal.SIGKILL)
+            started = time.monotonic()
+            while time.monotonic() < started + 10:
+                try:
+                    assert service.get("/inventory")["current_stock"] == 100
+                    break
+                except requests.ConnectionError:
+                    time.sleep(0.02)
+            assert time.monotonic() - started < 4
+        assert service.buy().status_code == 200
+
+
+def test_gunicorn_does_not_start_a_worker_again_and_again_that_cannot_start(tmp_path: Path) -> None:
+    done = subprocess.run(
+        (*GUNICORN, "--config", os.devnull),
+        cwd=PROJECT,
+        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/missing/inventory.db"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "Cannot start:" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["init-db"], ["audit"]])
+def test_the_flask_commands_work(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "app", *arguments],
+        cwd=PROJECT,
+        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "100" in done.stdout
+
+
+def test_flask_run_serves_the_same_app(tmp_path: Path) -> None:
+    port = str(free_port())
+    with Service(tmp_path, *FLASK, port, PORT=port) as service:
+        assert service.buy().json()["remaining_stock"] == 99
+        assert service.process.poll() is None
+
+
+def test_without_gunicorn_the_demo_serves_with_threads(tmp_path: Path) -> None:
+    with Service(tmp_path, *WITHOUT_GUNICORN) as service, closing(requests.Session()) as session:
+        answers = [session.post(f"{service.url}/buy_ticket", timeout=10) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert "Werkzeug" not in answers[0].headers["Server"]
