@@ -1,0 +1,161 @@
+"""A small sale server with one fault at a time, to see whether the proof can say no.
+
+    python tests/broken_server.py --fault no_lock        (or BROKEN_FAULT=no_lock in the environment)
+
+It reads DATABASE_URL (sqlite:////absolute/path), HOST, PORT and WEB_CONCURRENCY like the service itself, so that a
+copy of it called app.py, laid beside a copy of the proof, is started and killed exactly as the service would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sqlite3
+import time
+from contextlib import closing
+from typing import Any
+
+from flask import Flask, request
+from gunicorn.app.base import BaseApplication
+
+FAULTS = {
+    "none": "an honest seller",
+    "no_lock": "reads, checks and writes without a lock",
+    "no_recheck": "checks before it takes the lock and not again under it",
+    "refill": "fills the stock whenever a worker starts",
+    "unstored": "acknowledges one sale in 200 and doesn't store it",
+    "unacknowledged": "stores one sale in 200 and answers 410",
+    "same_level": "tells one buyer in 200 the remaining_stock of another",
+    "after_sell_out": "answers one in 200 with 200 after the sell-out",
+    "stale": "answers GET /inventory from a cache",
+    "sells_again": "sells again when a key is repeated",
+}
+ONE_IN = 200
+CACHE_S = 0.25
+LOCK_TIMEOUT_S = 20
+SOLD_OUT = {"success": False, "message": "SOLD OUT", "remaining_stock": 0}, 410
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS item (initial INTEGER NOT NULL, stock INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS purchase (id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE, remaining INTEGER);
+"""
+
+Answer = tuple[dict[str, Any], int]
+dice = random.SystemRandom()  # workers are forked: a seeded generator would roll alike in all of them
+
+
+def connect() -> sqlite3.Connection:
+    path = os.environ["DATABASE_URL"].removeprefix("sqlite:///")
+    db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+    db.execute("PRAGMA synchronous = OFF")
+    return db
+
+
+def create() -> None:
+    with closing(connect()) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(SCHEMA)
+        db.execute("INSERT INTO item SELECT 100, 100 WHERE NOT EXISTS (SELECT * FROM item)")
+
+
+def stock_of(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT stock FROM item").fetchone()[0])
+
+
+def store(db: sqlite3.Connection, stock: int, key: str | None) -> Answer:
+    db.execute("UPDATE item SET stock = ?", (stock - 1,))
+    row = db.execute("INSERT INTO purchase (key, remaining) VALUES (?, ?)", (key, stock - 1))
+    return {"success": True, "remaining_stock": stock - 1, "purchase_id": row.lastrowid}, 200
+
+
+def buy_without_lock(db: sqlite3.Connection) -> Answer:
+    stock = stock_of(db)
+    return store(db, stock, None) if stock > 0 else SOLD_OUT
+
+
+def buy(db: sqlite3.Connection, key: str | None, fault: str) -> Answer:
+    if fault == "no_lock":
+        return buy_without_lock(db)
+    if fault == "no_recheck" and stock_of(db) <= 0:
+        return SOLD_OUT
+    unlucky = dice.randrange(ONE_IN) == 0
+    db.execute("BEGIN IMMEDIATE")
+    known = db.execute("SELECT id, remaining FROM purchase WHERE key = ?", (key,)).fetchone()
+    stock = stock_of(db)
+    if known and fault != "sells_again":
+        answer: Answer = {"success": True, "remaining_stock": known[1], "purchase_id": known[0]}, 200
+    elif stock <= 0 and fault != "no_recheck":
+        answer = SOLD_OUT
+        if unlucky and fault == "after_sell_out":
+            answer = {"success": True, "remaining_stock": 0, "purchase_id": 1_000_000}, 200
+    else:
+        answer = store(db, stock, None if known else key)
+        if unlucky and fault == "same_level":
+            answer[0]["remaining_stock"] += 1
+    stored = answer[1] == 200 and not known
+    db.execute("ROLLBACK" if stored and unlucky and fault == "unstored" else "COMMIT")
+    return SOLD_OUT if stored and unlucky and fault == "unacknowledged" else answer
+
+
+def create_app(fault: str) -> Flask:
+    app = Flask(__name__)
+    cache: dict[str, Any] = {"until": 0.0}
+    create()
+    if fault == "refill":
+        with closing(connect()) as db:
+            db.execute("UPDATE item SET stock = initial")
+
+    @app.get("/health")
+    def health() -> Answer:
+        return {"status": "ok"}, 200
+
+    @app.post("/reset")
+    def reset() -> Answer:
+        stock = request.get_json()["stock"]
+        with closing(connect()) as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("DELETE FROM purchase")
+            db.execute("UPDATE item SET initial = ?, stock = ?", (stock, stock))
+            db.execute("COMMIT")
+        return {"success": True, "current_stock": stock}, 200
+
+    @app.post("/buy_ticket")
+    def buy_ticket() -> Answer:
+        with closing(connect()) as db:
+            return buy(db, request.headers.get("Idempotency-Key"), fault)
+
+    @app.get("/inventory")
+    def inventory() -> Answer:
+        if fault != "stale" or time.monotonic() > cache["until"]:
+            with closing(connect()) as db:
+                cache.update(stock=stock_of(db), until=time.monotonic() + CACHE_S)
+        return {"current_stock": cache["stock"]}, 200
+
+    @app.get("/audit")
+    def audit() -> Answer:
+        query = "SELECT initial, stock, (SELECT COUNT(*) FROM purchase) FROM item"
+        with closing(connect()) as db:
+            initial, stock, records = db.execute(query).fetchone()
+        return {"initial_stock": initial, "current_stock": stock, "purchase_records": records}, 200
+
+    return app
+
+
+class Server(BaseApplication):  # type: ignore[misc]
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        super().__init__()
+
+    def load_config(self) -> None:
+        self.cfg.set("bind", f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}")
+        self.cfg.set("workers", int(os.environ.get("WEB_CONCURRENCY", "4")))
+        self.cfg.set("control_socket_disable", True)
+
+    def load(self) -> Flask:
+        return create_app(self.fault)  # in each worker, when it starts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(epilog="; ".join(f"{k}: {v}" for k, v in FAULTS.items()))
+    parser.add_argument("--fault", choices=FAULTS, default=os.environ.get("BROKEN_FAULT", "none"))
+    Server(parser.parse_args().fault).run()
