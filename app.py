@@ -331,11 +331,17 @@ def serve_locally() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
         conf = str(FOLDER / "gunicorn.conf.py")
         os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "--config", conf, "app:app"])  # noqa: S606
-    WSGIRequestHandler.version_string = lambda _: "flash-sale"  # type: ignore[method-assign]  # no versions
-    server = cast(ThreadedWSGIServer, make_server(host, port, app, threaded=True))
+    server = cast(
+        ThreadedWSGIServer, make_server(host, port, app, threaded=True, request_handler=RequestHandler)
+    )
     server.daemon_threads = False  # requests in flight are answered before the process ends
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.serve_forever()
+
+
+class RequestHandler(WSGIRequestHandler):
+    def version_string(self) -> str:
+        return "flash-sale"  # not the versions of Werkzeug and Python
 
 
 def _require_free_port(host: str, port: int) -> None:

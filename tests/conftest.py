@@ -74,7 +74,7 @@ def client(make_app: Callable[..., Flask]) -> FlaskClient:
 
 @pytest.fixture
 def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
-    """What is really stored: the stock, and (customer_id, idempotency_key, remaining_stock) of each purchase."""
+    """What is stored: the stock, and each purchase's (customer_id, idempotency_key, remaining_stock)."""
 
     def read() -> tuple[int, list[tuple[Any, ...]]]:
         connection = sqlite3.connect(database)

@@ -2,26 +2,28 @@
 
 import json
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
 from flask import Flask
-from flask.testing import FlaskClient
 
 import db
 
+Client = Any  # flask.testing.FlaskClient, whose answers' `json` may be None to a type checker
 Rows = Callable[[], tuple[int, list[tuple[Any, ...]]]]
 MakeApp = Callable[..., Flask]
 SOLD_OUT = {"success": False, "message": "SOLD OUT - No more inventory available", "remaining_stock": 0}
 
 
-def buy(client: FlaskClient, customer_id: str = "alice", key: str | None = None) -> Any:
+def buy(client: Client, customer_id: str = "alice", key: str | None = None) -> Any:
     headers = {} if key is None else {"Idempotency-Key": key}
     return client.post("/buy_ticket", json={"customer_id": customer_id}, headers=headers)
 
 
-def test_the_index_names_the_service_and_its_endpoints(client: FlaskClient) -> None:
+def test_the_index_names_the_service_and_its_endpoints(client: Client) -> None:
     answer = client.get("/")
     assert answer.status_code == 200
     assert set(answer.json) == {"service", "version", "endpoints", "concurrency_model", "guarantees"}
@@ -32,7 +34,7 @@ def test_the_index_names_the_service_and_its_endpoints(client: FlaskClient) -> N
     assert isinstance(answer.json["guarantees"], list)
 
 
-def test_a_purchase_is_answered_200_and_stored(client: FlaskClient, rows: Rows) -> None:
+def test_a_purchase_is_answered_200_and_stored(client: Client, rows: Rows) -> None:
     answer = buy(client)
     assert (answer.status_code, answer.content_type) == (200, "application/json")
     assert answer.json == {
@@ -62,7 +64,7 @@ def test_sold_out_is_answered_410_and_stores_nothing(make_app: MakeApp, rows: Ro
     ],
 )
 def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
-    client: FlaskClient,
+    client: Client,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     error: db.StoreError,
@@ -81,12 +83,12 @@ def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
     ]
 
 
-def test_busy_is_answered_with_the_words_of_the_contract(client: FlaskClient) -> None:
+def test_busy_is_answered_with_the_words_of_the_contract(client: Client) -> None:
     assert db.Busy(5.0).message == "Server busy - please retry"
 
 
 def test_a_bug_is_answered_500_in_json_and_logged_once(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rows: Rows
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rows: Rows
 ) -> None:
     monkeypatch.setattr(db, "TAKE_UNIT", "UPDATE inventory SET stock = -1")
     answer = buy(client)
@@ -98,7 +100,7 @@ def test_a_bug_is_answered_500_in_json_and_logged_once(
     assert rows() == (5, [])
 
 
-def test_a_replay_has_the_same_body_and_a_header(client: FlaskClient, rows: Rows) -> None:
+def test_a_replay_has_the_same_body_and_a_header(client: Client, rows: Rows) -> None:
     first, second = buy(client, key="key-1"), buy(client, key="key-1")
     assert second.data == first.data
     assert (first.status_code, second.status_code) == (200, 200)
@@ -117,7 +119,7 @@ def test_a_replay_works_after_the_sell_out_and_a_new_start(make_app: MakeApp, ro
     assert rows() == (0, [("alice", "key-1", 0)])
 
 
-def test_a_key_of_another_customer_is_answered_422(client: FlaskClient, rows: Rows) -> None:
+def test_a_key_of_another_customer_is_answered_422(client: Client, rows: Rows) -> None:
     buy(client, key="key-1")
     answer = buy(client, "bob", key="key-1")
     assert answer.status_code == 422
@@ -134,7 +136,7 @@ def test_a_refused_purchase_may_be_tried_again_with_its_key(make_app: MakeApp, r
     assert rows() == (0, [("alice", "key-1", 0)])
 
 
-def test_the_inventory_is_told_in_full(client: FlaskClient) -> None:
+def test_the_inventory_is_told_in_full(client: Client) -> None:
     buy(client)
     now = client.get("/inventory").json
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", now.pop("last_updated"))
@@ -147,16 +149,13 @@ def test_the_inventory_is_told_in_full(client: FlaskClient) -> None:
     }
 
 
-def test_the_audit_counts_and_compares(client: FlaskClient) -> None:
+def test_the_audit_counts_and_compares(client: Client) -> None:
     buy(client)
     expected = {"initial_stock": 5, "current_stock": 4, "purchase_records": 1, "consistent": True}
     assert client.get("/audit").json == expected
 
 
-def test_the_audit_sees_a_purchase_that_is_missing(client: FlaskClient, database: Any) -> None:
-    import sqlite3
-    from contextlib import closing
-
+def test_the_audit_sees_a_purchase_that_is_missing(client: Client, database: Any) -> None:
     buy(client)
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("DELETE FROM purchases")
@@ -164,7 +163,7 @@ def test_the_audit_sees_a_purchase_that_is_missing(client: FlaskClient, database
     assert (answer["purchase_records"], answer["consistent"]) == (0, False)
 
 
-def test_metrics_are_prometheus_text(client: FlaskClient) -> None:
+def test_metrics_are_prometheus_text(client: Client) -> None:
     buy(client)
     answer = client.get("/metrics")
     assert answer.content_type == "text/plain; version=0.0.4; charset=utf-8"
@@ -174,13 +173,13 @@ def test_metrics_are_prometheus_text(client: FlaskClient) -> None:
     assert answer.text.endswith("\n")
 
 
-def test_health_is_ok_while_a_purchase_could_be_made(client: FlaskClient) -> None:
+def test_health_is_ok_while_a_purchase_could_be_made(client: Client) -> None:
     answer = client.get("/health")
     assert (answer.status_code, answer.json["status"]) == (200, "ok")
 
 
 @pytest.mark.parametrize("path", ["/health", "/inventory", "/audit", "/metrics"])
-def test_without_its_database_the_service_answers_503(client: FlaskClient, database: Any, path: str) -> None:
+def test_without_its_database_the_service_answers_503(client: Client, database: Any, path: str) -> None:
     client.application.extensions["store"].close()
     database.rename(f"{database}.hidden")
     answer = client.get(path)
@@ -191,7 +190,7 @@ def test_without_its_database_the_service_answers_503(client: FlaskClient, datab
 @pytest.mark.parametrize(
     ("body", "stock"), [(None, 5), ({}, 5), ({"stock": 0}, 0), ({"stock": 1_000_000_000}, 1_000_000_000)]
 )
-def test_a_reset_refills_the_stock(client: FlaskClient, rows: Rows, body: Any, stock: int) -> None:
+def test_a_reset_refills_the_stock(client: Client, rows: Rows, body: Any, stock: int) -> None:
     buy(client, key="key-1")
     answer = client.post("/reset", json=body) if body is not None else client.post("/reset")
     assert answer.status_code == 200
@@ -201,7 +200,7 @@ def test_a_reset_refills_the_stock(client: FlaskClient, rows: Rows, body: Any, s
 
 
 @pytest.mark.parametrize("stock", [-1, 1_000_000_001, 1.5, 3.0, True, None, "7", [], {}])
-def test_a_reset_to_no_possible_stock_changes_nothing(client: FlaskClient, rows: Rows, stock: Any) -> None:
+def test_a_reset_to_no_possible_stock_changes_nothing(client: Client, rows: Rows, stock: Any) -> None:
     buy(client)
     answer = client.post("/reset", json={"stock": stock})
     assert answer.status_code == 400
@@ -211,7 +210,7 @@ def test_a_reset_to_no_possible_stock_changes_nothing(client: FlaskClient, rows:
 
 @pytest.mark.parametrize("config", [{"ALLOW_RESET": 0}, {"ALLOW_RESET": "0"}, {"ALLOW_RESET": ""}])
 def test_a_reset_is_forbidden_unless_switched_on(make_app: MakeApp, rows: Rows, config: Any) -> None:
-    client = make_app(**config).test_client()
+    client: Client = make_app(**config).test_client()
     buy(client)
     answer = client.post("/reset", json={"stock": 9})
     assert answer.status_code == 403
@@ -234,7 +233,7 @@ def test_a_reset_is_forbidden_unless_switched_on(make_app: MakeApp, rows: Rows, 
     ],
 )
 def test_a_wrong_method_is_answered_405_with_allow(
-    client: FlaskClient, rows: Rows, method: str, path: str, allowed: set[str]
+    client: Client, rows: Rows, method: str, path: str, allowed: set[str]
 ) -> None:
     answer = client.open(path, method=method)
     assert answer.status_code == 405
@@ -246,7 +245,7 @@ def test_a_wrong_method_is_answered_405_with_allow(
 @pytest.mark.parametrize(
     "path", ["/buy", "/buy_ticket/", "//buy_ticket", "/static/app.py", "/%ff", "/../db.py"]
 )
-def test_an_unknown_path_is_answered_404(client: FlaskClient, rows: Rows, path: str) -> None:
+def test_an_unknown_path_is_answered_404(client: Client, rows: Rows, path: str) -> None:
     answer = client.post(path, json={"customer_id": "alice"})
     assert answer.status_code == 404
     assert answer.json["success"] is False
@@ -254,29 +253,26 @@ def test_an_unknown_path_is_answered_404(client: FlaskClient, rows: Rows, path: 
     assert rows() == (5, [])
 
 
-def test_head_is_answered_like_get(client: FlaskClient) -> None:
+def test_head_is_answered_like_get(client: Client) -> None:
     answer = client.head("/inventory")
     assert (answer.status_code, answer.data) == (200, b"")
 
 
 @pytest.mark.parametrize("path", ["/", "/inventory", "/health", "/audit", "/metrics", "/nowhere"])
-def test_no_answer_may_be_stored_or_sniffed(client: FlaskClient, path: str) -> None:
+def test_no_answer_may_be_stored_or_sniffed(client: Client, path: str) -> None:
     headers = client.get(path).headers
     assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
     purchase = buy(client).headers
     assert (purchase["Cache-Control"], purchase["X-Content-Type-Options"]) == ("no-store", "nosniff")
 
 
-def test_answers_are_json_objects_in_one_line(client: FlaskClient) -> None:
+def test_answers_are_json_objects_in_one_line(client: Client) -> None:
     for answer in (client.get("/"), buy(client), client.get("/nowhere"), client.get("/buy_ticket")):
         assert isinstance(json.loads(answer.data), dict)
         assert answer.content_type == "application/json"
 
 
 def test_the_command_line_creates_and_audits(make_app: MakeApp, database: Any) -> None:
-    import sqlite3
-    from contextlib import closing
-
     app = make_app()
     runner = app.test_cli_runner()
     created = runner.invoke(args=["init-db"])

@@ -66,17 +66,18 @@ def test_a_stop_answers_the_request_in_flight_and_exits_0(
 ) -> None:
     with Service(tmp_path, *command) as service:
         answers = []
-        with write_lock(tmp_path / "inventory.db") as holder:
-            with socket.create_connection(("127.0.0.1", service.port)) as buyer:
-                buyer.sendall(purchase_request("alice"))
-                wait_until_it_is_read(service.port)
-                if number == signal.SIGINT and command != WITHOUT_GUNICORN:
-                    os.killpg(service.process.pid, number)  # as a terminal does, to the workers too
-                stopping = threading.Thread(target=lambda: answers.append(service.stop(number)))
-                stopping.start()
-                holder.execute("ROLLBACK")
-                buyer.settimeout(20)
-                raw = b"".join(iter(lambda: buyer.recv(65536), b""))
+        with (
+            write_lock(tmp_path / "inventory.db") as holder,
+            socket.create_connection(("127.0.0.1", service.port), timeout=20) as buyer,
+        ):
+            buyer.sendall(purchase_request("alice"))
+            wait_until_it_is_read(service.port)
+            if number == signal.SIGINT and command != WITHOUT_GUNICORN:
+                os.killpg(service.process.pid, number)  # as a terminal does, to the workers too
+            stopping = threading.Thread(target=lambda: answers.append(service.stop(number)))
+            stopping.start()
+            holder.execute("ROLLBACK")
+            raw = b"".join(iter(lambda: buyer.recv(65536), b""))
         stopping.join()
         assert parse_answer(raw).json["purchase_id"] == 1
         assert answers == [0]
@@ -161,8 +162,7 @@ def test_a_read_only_folder_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> None:
-    shared = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db", "WEB_CONCURRENCY": "1"}
-    services = [Service(tmp_path, *GUNICORN, INITIAL_STOCK="10", **shared) for _ in range(8)]
+    services = [Service(tmp_path, *GUNICORN, INITIAL_STOCK="10", WEB_CONCURRENCY="1") for _ in range(8)]
     try:
         for service in services:
             service.__enter__()
