@@ -14,7 +14,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from backends.postgres import PostgresStore
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
@@ -108,12 +111,20 @@ class Audit(NamedTuple):
         return self.current_stock + self.purchase_records == self.initial_stock
 
 
-def open_store(url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> "SQLiteStore":
+def open_store(
+    url: str, item_name: str, initial_stock: int, lock_timeout_s: float
+) -> "SQLiteStore | PostgresStore":
     """The store that `url` names; nothing is opened yet.
 
     `item_name` and `initial_stock` (units) are used when the database is created, `lock_timeout_s`
     bounds the wait for the write lock. Raises ValueError for a URL that names no store.
     """
+    if url.startswith(("postgresql://", "postgres://")):
+        try:
+            from backends.postgres import PostgresStore
+        except ImportError as error:
+            raise ValueError(f"needs pip install -r backends/requirements.txt ({error})") from error
+        return PostgresStore(url, item_name, initial_stock, lock_timeout_s)
     scheme, _, path = url.partition(":///")
     if scheme != "sqlite" or path in ("", ":memory:"):
         raise ValueError("must be sqlite:///relative/path or sqlite:////absolute/path")
@@ -122,6 +133,8 @@ def open_store(url: str, item_name: str, initial_stock: int, lock_timeout_s: flo
 
 class SQLiteStore:
     """Every method raises Unavailable, with its cause, when SQLite can't use the file."""
+
+    concurrency_model = "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase"
 
     def __init__(self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
         self.path = path
@@ -195,6 +208,11 @@ class SQLiteStore:
         """Close this process's standing connections."""
         for reader in self._idle.pop(os.getpid(), ()):
             reader.close()
+
+    def __str__(self) -> str:
+        version = sqlite3.sqlite_version_info
+        fixed = version >= (3, 51, 3) or version[:2] in ((3, 50), (3, 44)) and version[2] >= 7 - (version[1] == 44)
+        return f"SQLite {sqlite3.sqlite_version} ({'with' if fixed else 'without'} the WAL-reset fix), {self.path}"
 
     def _create_tables(self) -> None:
         with self._transaction() as connection:
