@@ -53,7 +53,7 @@ FLASH SALE INVENTORY SERVICE
 ============================================================
 Item:                {ITEM_NAME}
 Initial stock:       {INITIAL_STOCK} units
-Concurrency control: one BEGIN IMMEDIATE per purchase, CHECK (stock >= 0)
+Concurrency control: {store.concurrency_model}
 Lock timeout:        {LOCK_TIMEOUT:g} s
 URL:                 http://{HOST}:{PORT}
 ============================================================"""
@@ -74,7 +74,7 @@ def describe() -> ResponseReturnValue:
         "service": "Flash Sale Inventory Service",
         "version": VERSION,
         "endpoints": {endpoint: view.__doc__ for endpoint, view in ROUTES.items()},
-        "concurrency_model": "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase",
+        "concurrency_model": _store().concurrency_model,
         "guarantees": [
             "each unit is sold exactly once: no overselling, no underselling",
             "200 means sold and on disk",
@@ -326,7 +326,7 @@ def serve_locally() -> None:
     app = start()
     host, port = app.config["HOST"], app.config["PORT"]
     _require_free_port(host, port)
-    print(BANNER.format_map(app.config), flush=True)
+    print(BANNER.format(**app.config, store=app.extensions["store"]), flush=True)
     if os.name == "posix" and importlib.util.find_spec("gunicorn"):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
         conf = str(FOLDER / "gunicorn.conf.py")

@@ -6,6 +6,7 @@ process decides a sale, so any number of threads and processes may use the same 
 """
 
 import logging
+import math
 import os
 import random
 import sqlite3
@@ -28,6 +29,7 @@ RETRY_SLEEP_MIN_S = 0.0005
 RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_MS = 100  # a checkpoint may hold the write lock while it waits for a reader
+WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
 HEALTH_LOCK_TIMEOUT_S = 1.0
 REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
@@ -211,7 +213,7 @@ class SQLiteStore:
 
     def __str__(self) -> str:
         version = sqlite3.sqlite_version_info
-        fixed = version >= (3, 51, 3) or version[:2] in ((3, 50), (3, 44)) and version[2] >= 7 - (version[1] == 44)
+        fixed = version >= (3, 52) or version[2] >= WAL_RESET_FIXES.get(version[:2], math.inf)
         return f"SQLite {sqlite3.sqlite_version} ({'with' if fixed else 'without'} the WAL-reset fix), {self.path}"
 
     def _create_tables(self) -> None:

@@ -21,7 +21,8 @@ access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # off unles
 
 
 def when_ready(server: Any) -> None:
-    """Ctrl-C stops as SIGTERM does: requests in flight are answered."""
+    """Say what is on sale from where; let Ctrl-C stop as SIGTERM does: requests in flight are answered."""
+    server.log.info("Selling from %s", app.extensions["store"])
     server.handle_int = server.handle_term
 
 
