@@ -214,7 +214,8 @@ class SQLiteStore:
     def __str__(self) -> str:
         version = sqlite3.sqlite_version_info
         fixed = version >= (3, 52) or version[2] >= WAL_RESET_FIXES.get(version[:2], math.inf)
-        return f"SQLite {sqlite3.sqlite_version} ({'with' if fixed else 'without'} the WAL-reset fix), {self.path}"
+        fix = "with" if fixed else "without"
+        return f"SQLite {sqlite3.sqlite_version} ({fix} the WAL-reset fix), {self.path}"
 
     def _create_tables(self) -> None:
         with self._transaction() as connection:
