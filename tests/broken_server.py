@@ -2,8 +2,8 @@
 
     python tests/broken_server.py --fault no_lock        (or BROKEN_FAULT=no_lock in the environment)
 
-It reads DATABASE_URL (sqlite:////absolute/path), HOST, PORT and WEB_CONCURRENCY like the service itself, so that a
-copy of it called app.py, laid beside a copy of the proof, is started and killed exactly as the service would be.
+It reads DATABASE_URL (sqlite:////absolute/path), HOST, PORT and WEB_CONCURRENCY like the service itself, so
+that a copy of it called app.py, beside a copy of the proof, is started and killed exactly as the service is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ LOCK_TIMEOUT_S = 20
 SOLD_OUT = {"success": False, "message": "SOLD OUT", "remaining_stock": 0}, 410
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS item (initial INTEGER NOT NULL, stock INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS purchase (id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE, remaining INTEGER);
+CREATE TABLE IF NOT EXISTS purchase (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE, remaining INTEGER
+);
 """
 
 Answer = tuple[dict[str, Any], int]
@@ -76,11 +78,12 @@ def buy_without_lock(db: sqlite3.Connection) -> Answer:
 def buy(db: sqlite3.Connection, key: str | None, fault: str) -> Answer:
     if fault == "no_lock":
         return buy_without_lock(db)
-    if fault == "no_recheck" and stock_of(db) <= 0:
+    asked = "SELECT id, remaining FROM purchase WHERE key = ?"
+    if fault == "no_recheck" and stock_of(db) <= 0 and not db.execute(asked, (key,)).fetchone():
         return SOLD_OUT
     unlucky = dice.randrange(ONE_IN) == 0
     db.execute("BEGIN IMMEDIATE")
-    known = db.execute("SELECT id, remaining FROM purchase WHERE key = ?", (key,)).fetchone()
+    known = db.execute(asked, (key,)).fetchone()
     stock = stock_of(db)
     if known and fault != "sells_again":
         answer: Answer = {"success": True, "remaining_stock": known[1], "purchase_id": known[0]}, 200
