@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 import click
 from flask import Flask, Response, abort, current_app, request
 from flask.typing import ResponseReturnValue
+from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-untyped]
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler, make_server
 
@@ -139,6 +140,16 @@ def metrics() -> ResponseReturnValue:
     return Response("".join(lines), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+def openapi() -> ResponseReturnValue:
+    """The description of this service as OpenAPI 3.1"""
+    return Response((FOLDER / "static" / "openapi.json").read_bytes(), content_type="application/json")
+
+
+def docs() -> ResponseReturnValue:
+    """A page to try this service, made from its description"""
+    return cast(ResponseReturnValue, current_app.view_functions["swagger_ui.show"]())
+
+
 def protect(wsgi_app: Any) -> Any:
     """Add PROTECTION to every answer, around Flask: cheaper than after_request, and nothing gets past it."""
 
@@ -215,7 +226,11 @@ ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
     "GET /health": health,
     "GET /audit": audit,
     "GET /metrics": metrics,
+    "GET /openapi.json": openapi,
+    "GET /docs": docs,
 }
+# Without the last two the page would hold the request's Host, and ask another host to validate.
+DOCS_CONFIG = {"app_name": "Flash Sale", "oauth2RedirectUrl": "", "validatorUrl": None}
 
 
 def _customer_id() -> str:
@@ -295,6 +310,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     for endpoint, view in ROUTES.items():
         method, path = endpoint.split()
         app.add_url_rule(path, view_func=view, methods=[method])
+    app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.json", DOCS_CONFIG))
     app.wsgi_app = protect(app.wsgi_app)  # type: ignore[method-assign]
     app.register_error_handler(db.StoreError, refuse)
     app.register_error_handler(HTTPException, refuse_request)
