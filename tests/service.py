@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import pytest
 import requests
 
 PROJECT = Path(__file__).parent.parent
@@ -28,6 +29,20 @@ class Answer(NamedTuple):
     @property
     def json(self) -> dict[str, Any]:
         return dict(json.loads(self.text))
+
+
+def need(condition: object, reason: str) -> None:
+    """Skip where a tool or a right is missing; under CI=true, where everything is tested, fail."""
+    if not condition and os.environ.get("CI"):
+        pytest.fail(reason)
+    if not condition:
+        pytest.skip(reason)
+
+
+def patched(statements: str) -> tuple[str, ...]:
+    """The command that starts gunicorn after `statements` have changed the program."""
+    run = "import sys; from gunicorn.app.wsgiapp import run; sys.argv = ['gunicorn', 'app:app']; run()"
+    return (sys.executable, "-c", f"{statements}\n{run}")
 
 
 def free_port() -> int:
