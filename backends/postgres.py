@@ -31,7 +31,8 @@ SELL = """
         SELECT 1, %(customer_id)s, %(key)s, stock FROM taken
         RETURNING purchase_id, remaining_stock
     )
-    SELECT sold.*, bought.*, stock
+    SELECT coalesce(sold.purchase_id, bought.purchase_id),
+        coalesce(sold.remaining_stock, bought.remaining_stock), bought.customer_id, stock
     FROM inventory LEFT JOIN sold ON true LEFT JOIN bought ON true WHERE item_id = 1"""
 FIND_INVENTORY = """
     SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
@@ -43,10 +44,11 @@ TOUCH = "UPDATE inventory SET stock = stock RETURNING item_id"
 RESET = """
     TRUNCATE purchases;
     UPDATE inventory SET stock = {0}, initial_stock = {0}, last_updated = clock_timestamp()"""
+# From pg_class itself: to_regclass() may answer from before the wait for another process that creates them.
 EXAMINE = """
-    SELECT to_regclass('inventory') IS NULL AND to_regclass('purchases') IS NULL,
-        obj_description(to_regclass('inventory'), 'pg_class'),
-        current_setting('server_encoding'), current_setting('transaction_read_only')"""
+    SELECT count(*) = 0, max(obj_description(oid, 'pg_class')),
+        current_setting('server_encoding'), current_setting('transaction_read_only')
+    FROM pg_class WHERE relname IN ('inventory', 'purchases') AND pg_table_is_visible(oid)"""
 FIRST_STOCK = "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (1, %s, %s, %s)"
 
 SCHEMA = Path(__file__).with_name("schema_postgres.sql")
@@ -65,6 +67,8 @@ MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no
 class PostgresStore:
     """Every method raises Unavailable, with its cause, when the server can't be reached or used."""
 
+    concurrency_model = "PostgreSQL, one statement and one row lock per purchase: UPDATE ... WHERE stock > 0"
+
     def __init__(self, url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
         self.item_name = item_name
         self.initial_stock = initial_stock
@@ -81,13 +85,11 @@ class PostgresStore:
         deadline = time.monotonic() + self.lock_timeout_s
         while True:
             row = self._ask(SELL, sale, deadline, repeatable=idempotency_key is not None)
-            purchase_id, remaining_stock, bought_id, bought_stock, owner, stock = row
-            if purchase_id is not None:
-                return db.Purchase(purchase_id, remaining_stock, replayed=False)
-            if bought_id is not None and owner != customer_id:
+            purchase_id, remaining_stock, earlier_buyer, stock = row
+            if earlier_buyer not in (None, customer_id):
                 raise db.KeyReused(idempotency_key or "")
-            if bought_id is not None:
-                return db.Purchase(bought_id, bought_stock, replayed=True)
+            if purchase_id is not None:
+                return db.Purchase(purchase_id, remaining_stock, replayed=earlier_buyer is not None)
             if stock == 0:
                 raise db.SoldOut
 
@@ -123,7 +125,10 @@ class PostgresStore:
         """Close this process's connections."""
         self._connections.close()
 
-    def _create_tables(self, connection: "Connection") -> None:
+    def __str__(self) -> str:
+        return f"PostgreSQL, {self._connections}"
+
+    def _create_tables(self, connection: Connection) -> None:
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (CREATE_LOCK,))
             if not _is_ours(connection):  # else another process was first

@@ -70,6 +70,11 @@ class Connections:
         self._configure(connection)
         return connection
 
+    def __str__(self) -> str:
+        """Where to, without user and password."""
+        place = conninfo.conninfo_to_dict(self._conninfo)
+        return " ".join(f"{name} {place[name]}" for name in ("host", "port", "dbname") if place.get(name))
+
     @contextmanager
     def until(self, deadline: float) -> Iterator["Connection"]:
         """A live connection of the pool, which gives the statement up at the deadline."""

@@ -9,6 +9,7 @@ The server is a child of this process, so every signal goes to a process that wa
 """
 
 import getpass
+import importlib.util
 import os
 import pwd
 import re
@@ -222,3 +223,13 @@ def _is_alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def reason_to_skip() -> str:
+    """Why the PostgreSQL tests can't run here; "" if they can. In CI that is a failure, not a reason."""
+    reason = "" if binaries() else "no PostgreSQL server on this machine (Debian: apt-get install postgresql)"
+    if not all(importlib.util.find_spec(name) for name in ("psycopg", "psycopg_pool")):
+        reason = "psycopg is not installed (pip install -r backends/requirements.txt)"
+    if reason and os.environ.get("CI"):
+        raise RuntimeError(reason)
+    return reason
