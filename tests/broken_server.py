@@ -48,9 +48,7 @@ dice = random.SystemRandom()  # workers are forked: a seeded generator would rol
 
 def connect() -> sqlite3.Connection:
     path = os.environ["DATABASE_URL"].removeprefix("sqlite:///")
-    db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-    db.execute("PRAGMA synchronous = OFF")
-    return db
+    return sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
 
 
 def create() -> None:

@@ -48,6 +48,15 @@ def test_a_purchase_too_many_is_oversold():
     assert Kind.OVERSOLD in kinds(2, attempts, [], audit(-1, 3))
 
 
+def test_more_acknowledged_purchases_than_units_are_named_with_their_number():
+    attempts = [bought(0, 3, 0, number=1), bought(0, 3, 0, number=2, customer="other")]
+    assert (Kind.OVERSOLD, "2 purchases of 1 units were acknowledged") in check(1, attempts, [], None)
+
+
+def test_a_level_below_zero_is_oversold_even_if_it_is_the_only_answer():
+    assert kinds(1, [bought(0, 3, -1)], [], None) == {Kind.OVERSOLD}
+
+
 def test_more_records_than_stock_explains_is_oversold():
     assert Kind.OVERSOLD in kinds(10, [bought(0, 1, 9)], [], audit(9, 2))
 
