@@ -242,15 +242,19 @@ def test_a_wrong_method_is_answered_405_with_allow(
     assert rows() == (5, [])
 
 
-@pytest.mark.parametrize(
-    "path", ["/buy", "/buy_ticket/", "//buy_ticket", "/static/app.py", "/%ff", "/../db.py"]
-)
+@pytest.mark.parametrize("path", ["/buy", "/buy_ticket/", "/static/app.py", "/%ff", "/../db.py"])
 def test_an_unknown_path_is_answered_404(client: Client, rows: Rows, path: str) -> None:
     answer = client.post(path, json={"customer_id": "alice"})
     assert answer.status_code == 404
     assert answer.json["success"] is False
     assert "GET /" in answer.json["message"]
     assert rows() == (5, [])
+
+
+@pytest.mark.parametrize("path", ["/inventory//", "/docs//swagger-ui.css", "/docs//"])
+def test_a_path_with_empty_segments_is_no_redirect(client: Client, path: str) -> None:
+    answer = client.get("/", environ_overrides={"PATH_INFO": path})
+    assert (answer.status_code, answer.content_type) == (404, "application/json")
 
 
 def test_head_is_answered_like_get(client: Client) -> None:

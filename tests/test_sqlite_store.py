@@ -334,6 +334,7 @@ def test_a_restored_database_is_noticed(open_store: OpenStore, database: Path, t
     deadline = time.monotonic() + db.REPLACED_CHECK_S + 1
     while store.inventory().initial_stock != 3 and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert store.inventory()[2:5] == (3, 3, 0)
     assert store.buy("bob").remaining_stock == 2
     other.close()
 
