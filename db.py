@@ -398,7 +398,8 @@ def _commit(connection: sqlite3.Connection) -> None:
     try:
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # no room for the record: certainly not sold
+        # A page couldn't be handed to the kernel (no room, a limit): without it there is no transaction.
+        if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
             raise
         raise OutcomeUnknown(f"COMMIT failed: {error}") from error
 
