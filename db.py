@@ -186,7 +186,8 @@ class SQLiteStore:
         """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
         with self._reader() as reader:
             with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
-                connection.execute("UPDATE inventory SET stock = stock")
+                # As it is, but written: an UPDATE that changes nothing isn't.
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._flush(reader)
         self._checkpoint()
 
