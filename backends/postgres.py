@@ -172,7 +172,7 @@ def _row(connection: Connection, statement: str, parameters: Mapping[str, object
     cursor = connection.execute(statement.encode(), parameters, prepare=parameters is not None)
     if connection.warning:
         raise db.OutcomeUnknown(connection.warning)
-    row = cursor.fetchone() if cursor.description else ()
+    row = cursor.fetchone() if parameters is not None else ()
     if row is None:
         raise db.Unavailable("the inventory table is empty")
     return row

@@ -1,0 +1,225 @@
+"""The whole service on PostgreSQL: crowds, restarts of the server, moving a sale over."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from postgres_cluster import PASSWORD, Cluster, reason_to_skip
+from service import PROJECT, Service, purchase_request, send_at_once
+
+import db
+
+if SKIPPED := reason_to_skip():
+    pytest.skip(SKIPPED, allow_module_level=True)
+
+BUYER_PATIENCE_S = 40.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def url(cluster: Cluster, request: pytest.FixtureRequest) -> str:
+    return cluster.create_database(f"sale_{abs(hash(request.node.name))}")
+
+
+@pytest.fixture
+def service(tmp_path: Path, url: str) -> Iterator[Service]:
+    with Service(tmp_path, DATABASE_URL=url) as running:
+        yield running
+        assert PASSWORD not in running.log
+
+
+def insist(service: Service, key: str) -> int:
+    """Send one purchase with its key until it is sold or sold out, as a buyer would: the status."""
+    deadline = time.monotonic() + BUYER_PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            status = service.buy(key, key).status_code
+        except requests.ConnectionError:
+            status = 0
+        if status in (200, 410):
+            return status
+        assert status in (0, 500, 503)
+        time.sleep(0.05)
+    raise AssertionError(f"no answer for {key} in {BUYER_PATIENCE_S} s")
+
+
+def test_a_thousand_buyers_buy_each_of_100_tickets_once(service: Service) -> None:
+    answers = send_at_once(service.port, [purchase_request(f"c{number}") for number in range(1000)])
+    assert Counter(answer.status for answer in answers) == {200: 100, 410: 900}
+    sold = [answer.json for answer in answers if answer.status == 200]
+    assert sorted(purchase["remaining_stock"] for purchase in sold) == list(range(100))
+    assert len({purchase["purchase_id"] for purchase in sold}) == 100
+    assert service.get("/audit") == {
+        "initial_stock": 100,
+        "current_stock": 0,
+        "purchase_records": 100,
+        "consistent": True,
+    }
+
+
+def test_every_route_answers_as_on_sqlite_and_tells_no_secret(service: Service) -> None:
+    assert service.buy("alice", "key-1").json()["remaining_stock"] == 99
+    replay = service.buy("alice", "key-1")
+    assert (replay.json()["remaining_stock"], replay.headers["Idempotent-Replayed"]) == (99, "true")
+    assert service.buy("bob", "key-1").status_code == 422
+    assert service.get("/health")["status"] == "ok"
+    assert service.get("/inventory")["total_purchases"] == 1
+    assert "flash_sale_stock 99" in requests.get(f"{service.url}/metrics", timeout=10).text
+    service.reset(7)
+    assert service.get("/inventory")["current_stock"] == 7
+    description = requests.get(service.url, timeout=10).text
+    assert "PostgreSQL" in description
+    assert PASSWORD not in description
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
+def test_a_restart_of_the_server_in_mid_sale_loses_nothing(
+    service: Service, cluster: Cluster, how: signal.Signals
+) -> None:
+    service.reset(200)
+    workers = all_workers(service)
+    with ThreadPoolExecutor(16) as crowd:
+        buyers = [crowd.submit(insist, service, f"c{number}") for number in range(300)]
+        wait_for_sales(buyers, 40)
+        cluster.restart(how)
+        statuses = Counter(buyer.result(BUYER_PATIENCE_S) for buyer in buyers)
+    assert statuses == {200: 200, 410: 100}
+    assert service.get("/audit")["consistent"]
+    assert service.get("/audit")["purchase_records"] == 200
+    assert service.workers() == workers
+
+
+def all_workers(service: Service) -> list[int]:
+    deadline = time.monotonic() + 20
+    while len(workers := service.workers()) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return workers
+
+
+def wait_for_sales(buyers: "list[Future[int]]", wanted: int) -> None:
+    deadline = time.monotonic() + 20
+    while sum(buyer.done() for buyer in buyers) < wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL])
+def test_idle_workers_find_a_restarted_server_with_no_sale_lost(
+    service: Service, cluster: Cluster, how: signal.Signals
+) -> None:
+    for number in range(20):
+        assert service.buy(f"c{number}").status_code == 200
+    if how == signal.SIGKILL:
+        cluster.kill()
+    else:
+        cluster.stop(how)
+    refused = service.buy("nobody")
+    assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "1")
+    assert requests.get(f"{service.url}/health", timeout=10).status_code == 503
+    cluster.start()
+    for number in range(20):
+        assert service.buy(f"d{number}").status_code == 200
+    assert service.get("/audit")["purchase_records"] == 40
+
+
+def test_a_lost_standby_makes_sales_unknown_and_holds_no_worker(
+    service: Service, cluster: Cluster, url: str
+) -> None:
+    store = db.open_store(url, "", 0, lock_timeout_s=0.5)
+    cluster.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    cluster.reload()
+    try:
+        wait_until(cluster, "SHOW synchronous_standby_names", "nobody")
+        for key in (None, "key-1"):
+            started = time.monotonic()
+            with pytest.raises(db.OutcomeUnknown):
+                store.buy("alice", key)
+            assert time.monotonic() - started < 2.5
+    finally:
+        cluster.sql("ALTER SYSTEM RESET synchronous_standby_names")
+        cluster.reload()
+    wait_until(cluster, "SHOW synchronous_standby_names", "")
+    assert store.buy("alice", "key-1").replayed
+    assert store.buy("alice").remaining_stock == 97
+    assert store.audit() == (100, 97, 3)
+    store.close()
+
+
+def wait_until(cluster: Cluster, query: str, wanted: str) -> None:
+    deadline = time.monotonic() + 10
+    while cluster.sql(query) != wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "inventory.db"
+    before = db.open_store(f"sqlite:///{file}", "Zoë's show", 10, 5.0)
+    before.create()
+    first = before.buy("alice", "key-1")
+    before.buy("tab\tquote'back\\slash", None)
+    before.reset(10)
+    kept = [
+        before.buy("alice", "key-1"),
+        before.buy("tab\tquote'back\\slash", None),
+        before.buy("東京", "key-2"),
+    ]
+    numbers, last_updated = before.audit(), before.inventory().last_updated
+    before.close()
+
+    moved = run_move(file, url)
+    assert moved.returncode == 0, moved.stderr
+    after = db.open_store(url, "", 0, 5.0)
+    after.create()
+    assert after.audit() == numbers == (10, 7, 3)
+    assert after.inventory()[:5] == (1, "Zoë's show", 7, 10, 3)
+    assert after.inventory().last_updated == last_updated
+    assert after.buy("alice", "key-1") == kept[0]._replace(replayed=True)
+    assert after.buy("東京", "key-2") == kept[2]._replace(replayed=True)
+    assert after.buy("bob").purchase_id > max(purchase.purchase_id for purchase in kept) > first.purchase_id
+
+    again = run_move(file, url)
+    assert again.returncode == 1
+    assert "purchases in the target already" in again.stderr
+    assert after.audit() == (10, 6, 4)
+    after.close()
+
+
+def test_a_sale_does_not_move_while_its_service_sells(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "inventory.db"
+    store = db.open_store(f"sqlite:///{file}", "Concert", 10, 5.0)
+    store.create()
+    held = sqlite3.connect(file, isolation_level=None)
+    held.execute("BEGIN IMMEDIATE")
+    refused = run_move(file, url)
+    held.close()
+    store.close()
+    assert refused.returncode == 1
+    assert refused.stderr == "Nothing was moved: database is locked\n"
+
+
+def run_move(file: Path, url: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "backends.move_from_sqlite", str(file), url]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_crowd_may_be_threads_of_one_worker(tmp_path: Path, url: str) -> None:
+    command = (sys.executable, "-m", "gunicorn", "-k", "gthread", "--threads", "16", "-w", "2", "app:app")
+    with Service(tmp_path, *command, DATABASE_URL=url) as service:
+        answers = send_at_once(service.port, [purchase_request(f"c{number}") for number in range(400)])
+        assert Counter(answer.status for answer in answers) == {200: 100, 410: 300}
+        assert service.get("/audit")["consistent"]
