@@ -156,6 +156,7 @@ class SQLiteStore:
             purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
             if purchase is None:
                 with self._transaction() as connection:
+                    reader.require_same_wal()
                     purchase = _sell(connection, customer_id, idempotency_key)
             self._flush(reader)  # for a replay too: its first answer may have died before the flush
         if purchase.purchase_id % CHECKPOINT_EVERY == 0:
@@ -186,6 +187,7 @@ class SQLiteStore:
         """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
         with self._reader() as reader:
             with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
+                connection.execute(FIND_INVENTORY).fetchone()
                 # As it is, but written: an UPDATE that changes nothing isn't.
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._flush(reader)
@@ -319,7 +321,9 @@ class _Reader:
         self.next_check = time.monotonic() + REPLACED_CHECK_S
         self.connection = connection
         self.connection.execute(FIND_STOCK).fetchone()  # opens the WAL
-        self.wal = os.open(f"{path}-wal", os.O_RDONLY)
+        self.wal_path = Path(f"{path}-wal")
+        self.wal = os.open(self.wal_path, os.O_RDONLY)
+        self.wal_id = _file_id(self.wal_path)
 
     def __enter__(self) -> "_Reader":
         return self
@@ -340,6 +344,11 @@ class _Reader:
         with suppress(OSError):
             return _file_id(self.path) == self.file_id
         return False
+
+    def require_same_wal(self) -> None:
+        """Raise OSError if a sale would go to another file than the one that is flushed for it."""
+        if _file_id(self.wal_path) != self.wal_id:
+            raise OSError("the database was replaced")
 
     def close(self) -> None:
         os.close(self.wal)

@@ -4,6 +4,7 @@ kill -9 can't show that, as the kernel still writes what a killed process has ha
 records what the real service asks of the kernel, and the disk is rebuilt from what was flushed by then.
 """
 
+import os
 import random
 import re
 import shutil
@@ -12,13 +13,16 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from service import Service, need, patched, purchase_request, send_at_once
+from conftest import OpenStore
+from service import Service, need, patched, purchase_request, send_at_once, wait_until
+
+import db
 
 TRACED = "pwrite64,ftruncate,fdatasync,fsync,sendto,fcntl,openat,unlink"
 TRACE_LIMIT_S = 30.0
@@ -80,13 +84,6 @@ def traced(folder: Path, *command: str, stock: int, workers: int) -> Iterator[tu
         yield service, trace
     end = re.compile(rf"^{service.process.pid} +\+\+\+ exited", re.MULTILINE)
     wait_until(lambda: end.search(trace.read_text()[-2000:]), TRACE_LIMIT_S, "the trace is not complete")
-
-
-def wait_until(condition: Callable[[], object], limit_s: float, failure: str) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.01)
 
 
 def calls(trace: Path) -> Iterator[Call]:
@@ -358,6 +355,23 @@ def test_a_commit_that_cannot_be_written_sells_nothing(one_worker: Service, tmp_
     assert one_worker.get("/audit")["purchase_records"] == 1
     assert one_worker.buy("alice", "key-2").headers.get("Idempotent-Replayed") is None
     assert one_worker.get("/audit")["purchase_records"] == 2
+
+
+def test_a_sale_whose_flush_would_miss_a_replaced_database_is_refused(
+    open_store: OpenStore, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "REPLACED_CHECK_S", 3600)
+    store = open_store(stock=5)
+    store.buy("alice")
+    for suffix in ("", "-wal", "-shm"):
+        os.rename(f"{database}{suffix}", tmp_path / f"old{suffix}")
+    open_store(stock=3).buy("carol")
+    with pytest.raises(db.Unavailable, match="the database was replaced"):
+        store.buy("bob")
+    flushed = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    assert store.buy("bob").remaining_stock == 1
+    assert flushed == [f"{database}-wal"]
 
 
 def test_checkpoints_keep_the_wal_small_and_hold_nobody_up(tmp_path: Path) -> None:
