@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -43,6 +43,13 @@ def patched(statements: str) -> tuple[str, ...]:
     """The command that starts gunicorn after `statements` have changed the program."""
     run = "import sys; from gunicorn.app.wsgiapp import run; sys.argv = ['gunicorn', 'app:app']; run()"
     return (sys.executable, "-c", f"{statements}\n{run}")
+
+
+def wait_until(condition: Callable[[], object], limit_s: float, failure: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.01)
 
 
 def free_port() -> int:
