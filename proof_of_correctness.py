@@ -55,8 +55,8 @@ BUYERS_MAX, IN_FLIGHT_SHARE = 5_000, 0.1  # a tenth of the buyers have to be in 
 KEYED_THREADS = 32
 CONTROL_BUYERS, CONTROL_STOCK, CONTROL_SALES_MAX = 50, 10, 20
 RETRY_SALES = 10  # many small sales: a race for the last unit happens once in each
-CRASH_BUYERS, CRASH_STOCK, CRASH_SALES_MAX = 250, 200, 60
-KILLS_NEEDED, KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S = 10, 0.05, 0.25
+CRASH_BUYERS, CRASH_STOCK, CRASH_SALES_MAX = 900, 800, 60
+KILLS_NEEDED, KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S = 10, 0.03, 0.15
 VIOLATIONS_SHOWN = 5
 LOCAL = ("127.0.0.1", 0)  # any free port
 RULE = "=" * 60
@@ -561,7 +561,8 @@ def crash_sales(api: Api, server_pid: int, chance: random.Random) -> Iterator[Hi
     kills: list[float] = []
 
     def kill_workers(over: threading.Event) -> None:
-        while not over.wait(chance.uniform(KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S)):
+        kills.clear()
+        while len(kills) < KILLS_NEEDED and not over.wait(chance.uniform(KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S)):
             with suppress(IndexError, ProcessLookupError):  # none is left, or just ended
                 os.kill(chance.choice(workers_of(server_pid)), signal.SIGKILL)
                 kills.append(time.monotonic())

@@ -158,17 +158,43 @@ TEST_2_LOOK = (
 
 
 @ONLY_POSIX
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "none"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("none", "refill")])
 def test_a_broken_server_is_caught_with_a_violation_that_names_what_happened(folder, closed_url, fault):
     figures = folder / "figures.json"
-    for _ in range(TRIES_MAX):
-        done = run(folder, "--url", closed_url, "--buyers", "400", "--json", str(figures), BROKEN_FAULT=fault)
-        if done.returncode == 1:
-            break
+    with broken_server(folder, closed_url, fault):
+        for _ in range(TRIES_MAX):
+            done = run(ROOT, "--url", closed_url, "--buyers", "500", "--json", str(figures))
+            if done.returncode == 1:
+                break
     assert done.returncode == 1, done.stdout
-    tests = json.loads(figures.read_text())["tests"]
-    assert CAUGHT_AS[fault] in {v["kind"] for test in tests[1:] for v in test["violations"]}
+    assert CAUGHT_AS[fault] in kinds_in(figures)
     assert "NOT CORRECT" in done.stdout
+
+
+@ONLY_POSIX
+def test_a_stock_that_is_refilled_when_a_worker_starts_is_caught_by_killing_workers(folder, closed_url):
+    figures = folder / "figures.json"
+    done = run(folder, "--url", closed_url, "--buyers", "100", "--json", str(figures), BROKEN_FAULT="refill")
+    assert done.returncode == 1, done.stdout
+    assert CAUGHT_AS["refill"] in kinds_in(figures)
+
+
+def kinds_in(figures):
+    return {v["kind"] for test in json.loads(figures.read_text())["tests"][1:] for v in test["violations"]}
+
+
+@contextmanager
+def broken_server(folder, url, fault="none"):
+    port, database = url.rpartition(":")[2], f"sqlite:///{folder}/sale.db"
+    env = environment(PORT=port, DATABASE_URL=database, BROKEN_FAULT=fault)
+    with (folder / "log").open("w") as log:
+        app = [sys.executable, str(folder / "app.py")]
+        server = subprocess.Popen(app, env=env, start_new_session=True, stderr=log)
+    try:
+        proof.wait_until_healthy(proof.Api(url), server)
+        yield server
+    finally:
+        proof.stop(server)
 
 
 def test_a_slow_server_is_proven_and_the_crash_test_skipped_as_it_was_started_by_hand():
@@ -232,22 +258,13 @@ def judging(folder, *arguments):
 
 @ONLY_POSIX
 def test_a_server_that_dies_in_mid_test_is_not_judged(folder, closed_url):
-    port = closed_url.rpartition(":")[2]
-    env = environment(PORT=port, DATABASE_URL=f"sqlite:///{folder}/sale.db")
-    with (folder / "log").open("w") as log:
-        app = [sys.executable, str(folder / "app.py")]
-        server = subprocess.Popen(app, env=env, start_new_session=True, stderr=log)
     lines = []
-    try:
-        proof.wait_until_healthy(proof.Api(closed_url), server)
-        with judging(ROOT, "--url", closed_url) as judge:
-            for line in judge.stdout:
-                lines.append(line)
-                if line.startswith("Progress: 300/1000"):
-                    os.killpg(server.pid, signal.SIGKILL)
-            assert judge.wait(RUN_TIMEOUT_S) == 2, "".join(lines)
-    finally:
-        proof.stop(server)
+    with broken_server(folder, closed_url) as server, judging(ROOT, "--url", closed_url) as judge:
+        for line in judge.stdout:
+            lines.append(line)
+            if line.startswith("Progress: 300/1000"):
+                os.killpg(server.pid, signal.SIGKILL)
+        assert judge.wait(RUN_TIMEOUT_S) == 2, "".join(lines)
     assert "TEST 2 INCONCLUSIVE" in "".join(lines)
     assert "Traceback" not in "".join(lines)
 
