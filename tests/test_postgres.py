@@ -420,6 +420,18 @@ def test_connections_that_were_cut_while_idle_are_replaced(
     assert store.audit() == (100, 49, 51)
 
 
+def test_a_connection_that_ended_without_a_word_while_idle_is_not_sold_over(
+    open_store: OpenStore, cluster: Cluster, store_url: str
+) -> None:
+    open_store()
+    with Proxy(cluster.port) as proxy:
+        store = db.open_store(store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0)
+        for remaining_stock in (4, 3, 2):
+            assert store.buy("alice").remaining_stock == remaining_stock
+            proxy.cut()
+        store.close()
+
+
 def test_a_sale_whose_connection_the_server_ended_is_tried_again(
     open_store: OpenStore, store_url: str, admin: psycopg.Connection[Any], crowd: ThreadPoolExecutor
 ) -> None:
