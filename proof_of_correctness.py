@@ -421,11 +421,12 @@ class Api(NamedTuple):
         with suppress(ValueError):
             if response.status_code == 200 and isinstance(answer := response.json(), dict):
                 return answer
-        raise CannotJudge(f"{method} {self.url}{path}: {response.status_code} {response.text[:99]!r}")
+        answered = f"{method} {path} was answered {response.status_code} {response.text[:60]!r}"
+        raise CannotJudge(f"what is at {self.url} is not this API, or not well: {answered}")
 
     def check_health(self) -> None:
         if self.call("GET", "/health").get("status") != "ok":
-            raise CannotJudge(f"what answers at {self.url} is not this API")
+            raise CannotJudge(f"what is at {self.url} is not this API")
 
     def reset(self, stock: int) -> None:
         if self.call("POST", "/reset", {"stock": stock}).get("current_stock") != stock:
