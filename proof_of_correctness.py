@@ -19,6 +19,7 @@ import argparse
 import html
 import http.client
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -51,7 +52,8 @@ SALE_TIMEOUT_S = 40  # afterwards no buyer asks again
 START_TIMEOUT_S, STOP_TIMEOUT_S = 30, 10
 RETRY_SLEEP_S = 0.02
 READERS, READING_PAUSE_S, FINAL_READINGS = 2, 0.003, 8
-BUYERS_MAX, IN_FLIGHT_SHARE = 5_000, 0.1  # a tenth of the buyers have to be in flight at once: 100 of 1,000
+BUYERS_MAX, PROCESSES_MAX = 5_000, 32
+IN_FLIGHT_SHARE = 0.1  # a tenth of the buyers have to be in flight at once: 100 of 1,000
 KEYED_THREADS = 32
 CONTROL_BUYERS, CONTROL_STOCK, CONTROL_SALES_MAX = 50, 10, 20
 RETRY_SALES = 10  # many small sales: a race for the last unit happens once in each
@@ -941,22 +943,32 @@ def page(results: Sequence[Result], conclusion: str) -> str:
 # ---- The command -------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    if not 1 <= int(text) <= BUYERS_MAX:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 to {BUYERS_MAX}, not {text}")
-    return int(text)
+def up_to(limit: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not 1 <= int(text) <= limit:
+            raise argparse.ArgumentTypeError(f"a whole number from 1 to {limit}, not {text}")
+        return int(text)
+
+    return whole
+
+
+def new_file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return Path(text)
 
 
 def parse_options() -> argparse.Namespace:
     env = os.environ.get
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--url", default=env("API_URL", "http://127.0.0.1:8000"), help="the server to judge")
-    parser.add_argument("--stock", type=positive, default=100, help="tickets in tests 1 to 3")
-    parser.add_argument("--buyers", type=positive, default=env("TOTAL_REQUESTS", "1000"), help="tests 2 to 4")
-    parser.add_argument("--processes", type=positive, default=env("CONCURRENT_PROCESSES", "4"), help="test 3")
+    parser.add_argument("--stock", type=up_to(BUYERS_MAX), default=100, help="tickets in tests 1 to 3")
+    buyers, processes = env("TOTAL_REQUESTS", "1000"), env("CONCURRENT_PROCESSES", "4")
+    parser.add_argument("--buyers", type=up_to(BUYERS_MAX), default=buyers, help="in tests 2 to 4")
+    parser.add_argument("--processes", type=up_to(PROCESSES_MAX), default=processes, help="in test 3")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, help="same seed, same plan")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with pictures")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures")
+    parser.add_argument("--report", type=new_file, metavar="FILE", help="write an HTML page with pictures")
     return parser.parse_args()
 
 
@@ -997,6 +1009,8 @@ def main() -> int:
     results: list[Result] = []
     reason = ""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every console can show a check mark
     allow_many_connections()
     try:
         prove(options, results)

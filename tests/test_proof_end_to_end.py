@@ -211,6 +211,26 @@ def test_a_server_that_forbids_reset_is_not_judged_and_the_output_says_what_to_s
     assert "ALLOW_RESET=1" in done.stdout
 
 
+def test_a_console_that_knows_only_ascii_gets_question_marks():
+    with shop(reset=(403, {"message": "no"})) as url:
+        done = run(ROOT, "--url", url, *SMALL, PYTHONIOENCODING="ascii")
+    assert "  ? The checker catches a seller without a lock" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--buyers", "0", "a whole number from 1 to"),
+        ("--processes", "1000", "a whole number from 1 to"),
+        ("--report", "no/such/folder/page.html", "there is no folder"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_one_clear_line(option, value, wanted):
+    done = run(ROOT, option, value)
+    assert done.returncode == 2
+    assert wanted in done.stderr
+
+
 def test_something_else_that_answers_is_not_judged():
     with shop(health=(200, {"hello": "world"})) as url:
         done = run(ROOT, "--url", url, *SMALL)
