@@ -1,12 +1,20 @@
 """How gunicorn serves app:app; it reads this file by itself."""
 
+import ctypes
+import functools
 import json
 import logging
 import math
+import mmap
+import select
 import signal
 import socket
+import struct
+import sys
+import time
+from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import gunicorn.util
 
@@ -22,18 +30,52 @@ control_socket_disable = True
 forwarder_headers = ""  # a client's header SCRIPT_NAME or PATH_INFO must not change where a request goes
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # off unless asked for; no query, no body
 
+# A BPF program for a listening socket: drop who asks to connect, let begun handshakes finish.
+# Rows of code, jump if true, jump if false, operand.
+DROP_SYN = [
+    (0x30, 0, 0, 13),  # load the byte of the TCP flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 0xFFFF),  # let all else pass
+]
+SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
+LAST_COMER_S = 0.2  # for the last packet of handshakes that were begun
+DRAIN_LIMIT_S = 20  # below gunicorn's graceful_timeout of 30 s, when the master kills
 QUOTE_MAX = 300  # characters; of a request that is no HTTP, in the answer and in the log
 
 
 def when_ready(server: Any) -> None:
     """Say what is on sale from where; let Ctrl-C stop as SIGTERM does: requests in flight are answered."""
     server.log.info("Selling from %s", app.extensions["store"])
-    server.handle_int = server.handle_term
+    server.stopping = mmap.mmap(-1, 1)  # shared with the workers
+    server.handle_int = server.handle_term = functools.partial(stop, server)
 
 
 def post_worker_init(worker: Any) -> None:
     """A terminal's Ctrl-C reaches the workers too: they leave it to the master."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop(server: Any) -> NoReturn:
+    """Let nobody else queue, unless another master goes on listening; the workers answer those who do."""
+    if not (server.reexec_pid or server.systemd):
+        server.stopping[0] = True
+        rows = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in DROP_SYN))
+        program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(rows))
+        for listener in server.LISTENERS if sys.platform == "linux" else ():
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    raise StopIteration  # gunicorn's own handle_term
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Answer those who wait in the backlog: the kernel resets them when the last worker closes it."""
+    deadline = time.monotonic() + DRAIN_LIMIT_S
+    for listener in worker.sockets if server.stopping[0] else ():
+        while time.monotonic() < deadline and select.select([listener], [], [], LAST_COMER_S)[0]:
+            with suppress(BlockingIOError):  # another worker was faster
+                worker.accept(listener)
+        listener.close()  # at once: nobody may come to wait while this process ends
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
