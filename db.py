@@ -140,6 +140,7 @@ class SQLiteStore:
 
     def __init__(self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
         self.path = path
+        self.uri = path.as_uri()  # quoted once: each purchase opens it
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
@@ -243,7 +244,7 @@ class SQLiteStore:
     def _connect(self, mode: str = "rw") -> sqlite3.Connection:
         """A connection that waits for the lock timeout where SQLite itself waits (set-up, reads)."""
         connection = sqlite3.connect(
-            f"{self.path.as_uri()}?mode={mode}",
+            f"{self.uri}?mode={mode}",
             uri=True,
             timeout=self.lock_timeout_s,
             isolation_level=None,
