@@ -3,13 +3,17 @@
 import logging
 import math
 import os
+import selectors
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 import db
@@ -35,6 +39,10 @@ CONNECT_POLL_S = 0.1  # how soon a refused connection is noticed
 GRACE_S = 0.1  # the server's own lock_timeout comes first
 CANCEL_TIMEOUT_S = 1.0
 STATEMENT_RESERVE_S = 2.0  # then the server gives up by itself what nobody waits for any more
+
+INTEGER_TYPES = (20, 23)  # the oids of bigint and integer
+Row = tuple[Any, ...]
+Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 KEEP_CONNECTION = (  # after these it is as good as before
     errors.LockNotAvailable,
@@ -136,12 +144,40 @@ class Connections:
             pool.close()
 
 
-class Connection(psycopg.Connection[tuple[Any, ...]]):
-    """Cancels a statement that runs past `deadline`, and gives up when not even that is answered."""
+class Connection(psycopg.Connection[Row]):
+    """One that waits no longer than `deadline`, for whatever reason there is no answer."""
 
     deadline = math.inf  # of time.monotonic()
     cancelled = False
     warning = ""
+
+    @cached_property
+    def _names(self) -> dict[str, bytes]:
+        """Of the statements that are prepared on this connection."""
+        return {}
+
+    @cached_property
+    def _selector(self) -> selectors.BaseSelector:
+        selector = Selector()
+        selector.register(self.pgconn.socket, selectors.EVENT_READ)
+        return selector
+
+    def ask(self, statement: str, parameters: Sequence[str | None] | None) -> Row | None:
+        """The first row, numbers and texts. Prepared, unless `parameters` is None. Raises psycopg.Error.
+
+        Straight to libpq: half the cost of a cursor on this side, and a wait that can be bounded.
+        """
+        if parameters is None:
+            self.pgconn.send_query(statement.encode())
+            return self._answer()
+        name = self._names.get(statement)
+        if name is None:
+            name = self._names[statement] = b"%d" % len(self._names)
+            self.pgconn.send_prepare(name, statement.encode())
+            self._answer()
+        texts = [text if text is None else text.encode() for text in parameters]
+        self.pgconn.send_query_prepared(name, texts)
+        return self._answer()
 
     def is_alive(self) -> bool:
         """Whether the server hasn't hung up, as far as this host knows: without a round trip."""
@@ -157,26 +193,44 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
         if notice.severity_nonlocalized == "WARNING":
             self.warning = notice.message_primary or "warning"
 
-    def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
-        return super().wait(self._bounded(gen), *arguments, **options)
-
-    def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    def _answer(self) -> Row | None:
+        row: Row | None = None
+        failure: psycopg.Error | None = None
         try:
-            wish = next(gen)
-            while True:
-                ready = yield wish
-                if not ready and time.monotonic() > self.deadline:
-                    self._cancel_or_give_up()
-                wish = gen.send(ready)
-        except StopIteration as stop:
-            return stop.value
+            while result := self._next_result():
+                if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+                    failure = failure or errors.error_from_result(result)
+                elif result.ntuples:
+                    row = tuple(_value(result, column) for column in range(result.nfields))
+        except psycopg.OperationalError as error:  # after a FATAL error the connection ends
+            raise failure or error from None
+        if failure:
+            raise failure
+        return row
 
-    def _cancel_or_give_up(self) -> None:
+    def _next_result(self) -> PGresult | None:
+        while self.pgconn.flush() or self.pgconn.is_busy():
+            self._wait()
+            self.pgconn.consume_input()
+        return self.pgconn.get_result()
+
+    def _wait(self) -> None:
+        """Until the server has something to say; cancel at the deadline, give up soon after."""
+        left_s = self.deadline - time.monotonic()
+        if self._selector.select(max(left_s, 0)):
+            return
         if self.cancelled:
             raise psycopg.OperationalError("the server doesn't answer")
         self.cancelled = True
         self.deadline = time.monotonic() + CANCEL_TIMEOUT_S
         self.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+
+
+def _value(result: PGresult, column: int) -> int | str | None:
+    value = result.get_value(0, column)
+    if value is None:
+        return None
+    return int(value) if result.ftype(column) in INTEGER_TYPES else value.decode()
 
 
 def _number(name: str, kind: type[int] | type[float], default: float, lowest: float, highest: float) -> float:
