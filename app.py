@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -32,6 +33,8 @@ FOLDER = Path(__file__).parent
 MAX_BODY_BYTES = 16 * 1024
 MAX_DISCARD_BYTES = 8 * 1024 * 1024  # of a refused body, read so that its sender gets to see the answer
 MAX_STOCK = 1_000_000_000
+MAX_NESTING = 100
+STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"[][{}]")
 CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -254,12 +257,22 @@ def _json_object() -> dict[str, Any]:
     if request.mimetype != "application/json":
         abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
     try:
-        value = JSON.decode(body.decode())
-    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, NaN, or a 5,000-digit number
+        text = body.decode()
+        _refuse_deep_nesting(text)
+        value = JSON.decode(text)
+    except ValueError:  # not UTF-8, not JSON, NaN, a 5,000-digit number, nested too deep
         abort(400, 'The body is not valid JSON in UTF-8 - send an object such as {"customer_id": "c1"}.')
     if not isinstance(value, dict):
         abort(400, 'The body has to be a JSON object - send for example {"customer_id": "c1"}.')
     return value
+
+
+def _refuse_deep_nesting(text: str) -> None:
+    """Python's own limit is another in each version, and in some it is the end of the stack."""
+    if text.count("{") + text.count("[") > MAX_NESTING:
+        depths = accumulate(1 if bracket in "{[" else -1 for bracket in BRACKET.findall(STRING.sub("", text)))
+        if max(depths, default=0) > MAX_NESTING:
+            raise ValueError("nested too deep")
 
 
 def _refuse_constant(name: str) -> NoReturn:

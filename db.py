@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -250,9 +250,13 @@ class SQLiteStore:
             isolation_level=None,
             check_same_thread=False,
         )
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
-        connection.execute(f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}")
+        try:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @contextmanager
@@ -278,8 +282,11 @@ class SQLiteStore:
                 if reader.is_current():
                     return reader
                 reader.close()
-        with _faults(self.path):
-            return _Reader(self._connect("ro"), self.path, idle)
+        with _faults(self.path), ExitStack() as undo:
+            connection = undo.enter_context(closing(self._connect("ro")))
+            reader = _Reader(connection, self.path, idle)
+            undo.pop_all()  # it stays open
+            return reader
 
     def _flush(self, reader: "_Reader") -> None:
         """Put every COMMIT so far on disk. No lock is held, so the flushes of several workers overlap."""

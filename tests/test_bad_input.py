@@ -42,6 +42,17 @@ def test_a_customer_id_of_1_to_128_characters_buys(client: Client, rows: Rows, c
     assert rows() == (3, [(customer_id, None, 4), (customer_id, None, 3)])
 
 
+@pytest.mark.parametrize(
+    "ignored", ["[" * 99 + "]" * 99, "[" + "{}," * 5_000 + "{}]", '"' + "[" * 9_000 + '"', '["\\"[{", "]"]']
+)
+def test_what_is_ignored_may_be_long_and_nested_up_to_100_deep(
+    client: Client, rows: Rows, ignored: str
+) -> None:
+    body = f'{{"customer_id": "{"[" * 128}", "ignored": {ignored}}}'
+    assert client.post("/buy_ticket", data=body, content_type=JSON).status_code == 200
+    assert rows() == (4, [("[" * 128, None, 4)])
+
+
 def test_of_duplicate_members_the_last_one_counts(client: Client, rows: Rows) -> None:
     body = b'{"customer_id": 7, "customer_id": "first", "customer_id": "last"}'
     assert client.post("/buy_ticket", data=body, content_type=JSON).status_code == 200
@@ -73,6 +84,7 @@ def test_a_customer_id_that_is_none_is_answered_400(client: Client, rows: Rows, 
         b"[" * 10_000,
         b"[" * 8_000 + b"]" * 8_000,
         b'{"a":' * 2_500 + b"1" + b"}" * 2_500,
+        b'{"a":' + b"[" * 100 + b"]" * 100 + b"}",
         b'{"customer_id": ' + b"1" * 5_000 + b"}",
         b'{"customer_id": "\xff\xfe"}',
         b'{"customer_id": "\xed\xa0\x80"}',
