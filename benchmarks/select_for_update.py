@@ -1,8 +1,9 @@
 """The usual way to sell on PostgreSQL, for comparison: SELECT ... FOR UPDATE, UPDATE, INSERT, COMMIT.
 
-Four round trips, three of them while holding the row lock. Same tables, same connections and pool, same
-prepared statements, same HTTP answers as the service; `gunicorn --chdir benchmarks select_for_update:app`
-with DATABASE_URL, on a database that the service has created. Nothing that serves uses it.
+Four round trips with psycopg's own cursors, three of them while holding the row lock. Same tables, pool and
+server settings as the service, prepared statements, BEGIN sent together with SELECT, same HTTP answers;
+`gunicorn --chdir benchmarks select_for_update:app` with DATABASE_URL, on a database that the service has
+created. Nothing that serves uses it.
 """
 
 import os
@@ -21,7 +22,7 @@ LOCK_TIMEOUT_S = 5.0
 LOCK_ROW = "BEGIN; SELECT stock FROM inventory WHERE item_id = 1 FOR UPDATE"  # together: one round trip
 TAKE_UNIT = "UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp() WHERE item_id = 1"
 RECORD_PURCHASE = """
-    INSERT INTO purchases (item_id, customer_id, remaining_stock) VALUES (1, $1, $2) RETURNING purchase_id"""
+    INSERT INTO purchases (item_id, customer_id, remaining_stock) VALUES (1, %s, %s) RETURNING purchase_id"""
 
 app = Flask(__name__)
 connections = Connections(os.environ["DATABASE_URL"], LOCK_TIMEOUT_S)
@@ -33,9 +34,9 @@ def buy_ticket() -> ResponseReturnValue:
     with connections.until(time.monotonic() + LOCK_TIMEOUT_S) as connection:
         try:
             stock, purchase_id = sell(connection, customer_id)
-            connection.ask("COMMIT", None)
+            connection.execute("COMMIT")
         except BaseException:
-            connection.ask("ROLLBACK", None)
+            connection.execute("ROLLBACK")
             raise
     if purchase_id is None:
         return {"success": False, "message": "SOLD OUT", "remaining_stock": 0}, 410
@@ -49,10 +50,11 @@ def buy_ticket() -> ResponseReturnValue:
 
 def sell(connection: Connection, customer_id: str) -> tuple[int, int | None]:
     """The stock after the sale and the purchase's id; no id where there is nothing left."""
-    row = connection.ask(LOCK_ROW, None)
-    stock = int(row[0]) if row else 0
+    cursor = connection.execute(LOCK_ROW)
+    cursor.nextset()
+    stock = int((cursor.fetchone() or (0,))[0])
     if stock == 0:
         return 0, None
-    connection.ask(TAKE_UNIT, ())
-    row = connection.ask(RECORD_PURCHASE, (customer_id, str(stock - 1)))
+    connection.execute(TAKE_UNIT, prepare=True)
+    row = connection.execute(RECORD_PURCHASE, (customer_id, stock - 1), prepare=True).fetchone()
     return stock - 1, row[0] if row else None

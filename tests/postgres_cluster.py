@@ -227,6 +227,8 @@ def _is_alive(pid: str) -> bool:
 
 def reason_to_skip() -> str:
     """Why the PostgreSQL tests can't run here; "" if they can. In CI that is a failure, not a reason."""
+    if not (Path(__file__).parent.parent / "backends").exists():
+        return "backends/ was deleted: SQLite only"
     reason = "" if binaries() else "no PostgreSQL server on this machine (Debian: apt-get install postgresql)"
     if not all(importlib.util.find_spec(name) for name in ("psycopg", "psycopg_pool")):
         reason = "psycopg is not installed (pip install -r backends/requirements.txt)"
