@@ -145,6 +145,7 @@ class SQLiteStore:
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
         self._idle: dict[int, deque[_Reader]] = {}
+        self._wal_is_whole = True
 
     def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
         """Sell one unit; when this returns, the purchase is on disk.
@@ -296,11 +297,15 @@ class SQLiteStore:
             os.fdatasync(reader.wal)
         except OSError as error:
             # The kernel now takes the pages it couldn't write for clean: no later sale may build on them.
-            self._checkpoint()
+            self._wal_is_whole = self._checkpoint()
             raise OutcomeUnknown(f"{self.path}-wal: flush failed: {error}") from error
+        if not self._wal_is_whole:
+            self._wal_is_whole = self._checkpoint()
+            if not self._wal_is_whole:
+                raise OutcomeUnknown(f"{self.path}-wal: an earlier flush failed")
 
-    def _checkpoint(self) -> None:
-        """Fold the WAL into the database file, so that it starts over.
+    def _checkpoint(self) -> bool:
+        """Fold the WAL into the database file, so that it starts over; whether all of it was folded.
 
         RESTART holds the write lock. A checkpoint beside a commit can corrupt the database in SQLite
         before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"), hence wal_autocheckpoint=0 and this.
@@ -308,10 +313,13 @@ class SQLiteStore:
         try:
             with closing(self._connect()) as connection:
                 connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE_MS}")
-                if connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+                busy = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
+                if busy:
                     log.warning("checkpoint incomplete, the WAL grows: a reader holds on to %s", self.path)
         except sqlite3.Error as error:  # the sales before it are safe in the WAL
             log.error("checkpoint of %s failed: %s", self.path, error)
+            return False
+        return not busy
 
 
 class _Reader:
