@@ -181,20 +181,26 @@ def test_a_folder_that_is_moved_away_is_told_and_moved_back_sells(tmp_path: Path
         assert_sells_again(service, sold_before=1)
 
 
-def test_a_database_overwritten_with_garbage_is_told_and_restored_sells(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 4096], ids=["all of it", "all but the first page"])
+def test_a_database_overwritten_with_garbage_is_told_and_restored_sells(tmp_path: Path, start: int) -> None:
     database = tmp_path / "inventory.db"
-    with Service(tmp_path, WEB_CONCURRENCY="2") as service:
+    with Service(tmp_path, WEB_CONCURRENCY="1") as service:
         assert service.buy().status_code == 200
         for _ in range(2):  # the first folds the sale into the database, the second starts the WAL over
             assert requests.get(f"{service.url}/health", timeout=10).status_code == 200
         saved = database.read_bytes()
-        with database.open("r+b") as file:
-            file.write(random.Random(1).randbytes(len(saved)))
+        overwrite(database, start, random.Random(1).randbytes(len(saved) - start))
+        assert requests.get(f"{service.url}/health", timeout=10).status_code == 503
         for _ in range(4):
             assert_refuses(service, r"file is not a database|database disk image is malformed")
-        with database.open("r+b") as file:
-            file.write(saved)
+        overwrite(database, 0, saved)
         assert_sells_again(service, sold_before=1)
+
+
+def overwrite(file: Path, start: int, data: bytes) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(data)
 
 
 def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(tmp_path: Path) -> None:
