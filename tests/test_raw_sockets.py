@@ -165,6 +165,7 @@ REFUSED = {
     ),
     "good chunks": (message(BUY, CHUNKED, body=b"2\r\n{}\r\n0\r\n\r\n", length=b""), 411),
     "a body of 1 MB": (message(BUY, body=b"x" * 1_000_000), 413),
+    "a body of 7 MB": (message(BUY, body=b"x" * 7_000_000), 413),
     "a body of 1 MB for nobody": (message(b"POST /nowhere HTTP/1.1", body=b"x" * 1_000_000), 404),
     "a body of 1 MB after a bad header": (message(BUY, b"X Y: a", body=b"x" * 1_000_000), 400),
     "a body of 1 MB that was announced": (message(BUY, b"Expect: 100-continue", body=b"x" * 1_000_000), 413),
