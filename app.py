@@ -178,9 +178,10 @@ def refuse_request(error: HTTPException) -> ResponseReturnValue:
     What is left of the body is read first: closing a connection on unread bytes resets it, and the
     client would lose the answer.
     """
-    for _ in range(MAX_DISCARD_BYTES // 65536):
-        if not request.stream.read(65536):
-            break
+    with suppress(Exception):  # a bad chunk, or the client is gone: there is nothing more to read
+        for _ in range(MAX_DISCARD_BYTES // 65536):
+            if not request.stream.read(65536):
+                break
     response = error.get_response()
     message = HINTS.get(response.status_code, error.description)
     response.set_data(json.dumps({"success": False, "message": message}))
@@ -251,7 +252,11 @@ def _json_object() -> dict[str, Any]:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
-    body = request.get_data()
+    body = b""
+    with suppress(OSError):  # the client is gone
+        body = request.get_data()
+    if len(body) < (request.content_length or 0):  # gunicorn hands on whatever came (RFC 9112, 8)
+        abort(400, "The body ended before its Content-Length - send all of it.")
     if not body:
         return {}
     if request.mimetype != "application/json":

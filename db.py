@@ -187,12 +187,15 @@ class SQLiteStore:
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
-        with self._reader() as reader:
-            with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
-                connection.execute(FIND_INVENTORY).fetchone()
-                # As it is, but written: an UPDATE that changes nothing isn't.
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._flush(reader)
+        try:
+            with self._reader() as reader:
+                with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
+                    connection.execute(FIND_INVENTORY).fetchone()
+                    # As it is, but written: an UPDATE that changes nothing isn't.
+                    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                self._flush(reader)
+        except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
+            raise Unavailable(str(error)) from error
         self._checkpoint()
 
     def create(self) -> None:

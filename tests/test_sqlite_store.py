@@ -194,6 +194,23 @@ def test_the_check_fails_soon_while_somebody_holds_the_write_lock(
     assert busy.value.waited_s < 1.5
 
 
+def test_a_check_that_cannot_flush_says_unavailable(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    store = open_store(stock=5)
+    store.buy("alice")
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(db.Unavailable, match="flush failed"):
+        store.check()
+    with pytest.raises(db.OutcomeUnknown, match="flush failed"):
+        store.buy("alice")
+    monkeypatch.undo()
+    store.check()
+
+
 def test_the_standing_connection_keeps_the_wal_between_sales(open_store: OpenStore, database: Path) -> None:
     store = open_store(stock=5)
     store.buy("alice")
