@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import logging
 import multiprocessing
 import re
 import subprocess
@@ -190,6 +191,28 @@ def test_refusals_and_replays_wait_for_no_lock_and_take_none(
         with admin.transaction():
             admin.execute(SELL, {"customer_id": "alice", "key": key})
             assert value(admin, "SELECT pg_current_xact_id_if_assigned()") is None
+
+
+def test_a_sale_is_one_round_trip_and_so_is_a_refusal(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(stock=2)
+    asked: list[str] = []
+    ask = postgres_connections.Connection.ask
+
+    def remember(connection: Any, statement: str, parameters: Any) -> Any:
+        asked.append({postgres.SELL: "sell", postgres.LOOK: "look"}.get(statement, "other"))
+        return ask(connection, statement, parameters)
+
+    monkeypatch.setattr(postgres_connections.Connection, "ask", remember)
+    for _ in range(5):
+        timed(lambda: store.buy("alice"))
+    assert asked == ["sell", "sell", "sell", "look", "look"]
+    store.reset(5)
+    asked.clear()
+    for _ in range(3):
+        store.buy("alice", str(uuid.uuid4()))
+    assert asked == ["look", "sell", "sell", "sell"]
 
 
 def test_who_waited_for_the_last_unit_in_vain_is_told_so(
@@ -562,6 +585,12 @@ def test_a_connection_never_crosses_a_fork(open_store: OpenStore, admin: psycopg
     assert store.buy("parent").remaining_stock == 1
     wait_for(admin, f"SELECT array_agg(pid) {OTHERS}", parent)
     assert store.audit() == (5, 1, 4)
+
+
+def test_the_pool_does_not_log_every_use(open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        open_store().buy("alice")
+    assert caplog.text == ""
 
 
 def test_create_leaves_no_connection_open(open_store: OpenStore, admin: psycopg.Connection[Any]) -> None:
