@@ -72,9 +72,8 @@ def test_a_stop_answers_the_request_in_flight_and_exits_0(
         ):
             buyer.sendall(purchase_request("alice"))
             wait_until_it_is_read(service.port)
-            if number == signal.SIGINT and command != WITHOUT_GUNICORN:
-                os.killpg(service.process.pid, number)  # as a terminal does, to the workers too
-            stopping = threading.Thread(target=lambda: answers.append(service.stop(number)))
+            os.killpg(service.process.pid, number)  # as a terminal does it, to the workers too
+            stopping = threading.Thread(target=lambda: answers.append(service.process.wait(20)))
             stopping.start()
             holder.execute("ROLLBACK")
             raw = b"".join(iter(lambda: buyer.recv(65536), b""))
