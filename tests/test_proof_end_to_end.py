@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import proof_of_correctness as proof
-from tests.broken_server import FAULTS
+from broken_server import FAULTS
 
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 120
