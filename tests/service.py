@@ -68,7 +68,7 @@ def environment(**variables: str) -> dict[str, str]:
 class Service:
     """`gunicorn app:app` (or another command) on a free port; `with` stops it as SIGTERM does."""
 
-    def __init__(self, folder: Path, *command: str, cwd: Path = PROJECT, **variables: str) -> None:
+    def __init__(self, folder: Path, *command: str, cwd: str | Path = PROJECT, **variables: str) -> None:
         self.port = int(variables.get("PORT", 0)) or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / f"service-{self.port}.log"

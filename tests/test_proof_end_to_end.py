@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from broken_server import FAULTS
 
 import proof_of_correctness as proof
-from broken_server import FAULTS
 
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 120
@@ -47,8 +47,13 @@ def environment(**more):
 
 def run(folder, *arguments, **more):
     done = subprocess.run(
-        command(folder, *arguments), env=environment(**more), capture_output=True, text=True,
-        encoding="utf-8", timeout=RUN_TIMEOUT_S, check=False,
+        command(folder, *arguments),
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=RUN_TIMEOUT_S,
+        check=False,
     )
     assert "Traceback" not in done.stdout + done.stderr
     return done
@@ -139,7 +144,7 @@ def test_an_honest_server_is_proven_with_the_figures_and_the_page_that_were_aske
     assert told["tests"][5]["figures"]["kills_in_mid_sale"] >= 10
     assert told["tests"][2]["figures"]["in_flight_max"] >= 100
     html = page.read_text(encoding="utf-8")
-    assert html.count("<svg viewBox=\"0 0 960") == 18
+    assert html.count('<svg viewBox="0 0 960') == 18
     assert not re.search(r"<script|https?://", html)
     assert re.search(TEST_2_LOOK, done.stdout), done.stdout
 
@@ -267,8 +272,12 @@ def test_an_answer_that_the_api_does_not_know_is_a_violation():
 def judging(folder, *arguments):
     """The proof while it runs, one that ends with this block."""
     with subprocess.Popen(
-        command(folder, *arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, encoding="utf-8",
+        command(folder, *arguments),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     ) as process:
         try:
             yield process

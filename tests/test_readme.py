@@ -1,4 +1,4 @@
-"""The README's commands, run as a newcomer does: in a fresh copy, with an environment that they make themselves."""
+"""The README's commands, run as a newcomer does: in a fresh copy, with an environment of its own."""
 
 import re
 import shutil
@@ -48,7 +48,8 @@ def started(fresh_copy: Path) -> Iterator[Service]:
     setup, _, start = INDENTED[0].rpartition(" && ")
     run(setup, fresh_copy)
     port = str(free_port())
-    with Service(fresh_copy, *start.split(), cwd=fresh_copy, PORT=port, DATABASE_URL="", ALLOW_RESET="") as service:
+    variables = {"PORT": port, "DATABASE_URL": "", "ALLOW_RESET": ""}
+    with Service(fresh_copy, *start.split(), cwd=fresh_copy, **variables) as service:
         yield service
 
 
@@ -84,7 +85,8 @@ def test_the_command_for_a_real_sale_serves(started: Service, fresh_copy: Path, 
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"`([\w/-]+\.(?:py|conf|sql|md))`", README):
+    linked = re.findall(r"\]\(([\w./-]+)\)", README)
+    for name in linked + re.findall(r"`([\w/-]+\.(?:py|conf|sql|md))`", README):
         assert (PROJECT / name).exists(), name
 
 
