@@ -18,9 +18,10 @@ from backends.postgres_connections import Connection, Connections, Row
 # All parts see the database as it was when the statement began; only UPDATE waits for the row and then
 # looks at its newest version. So a key's second sale at the same time gets as far as INSERT, where the
 # unique index refuses it and takes the unit back; and who waited in vain sees an old stock, and asks again.
+# A purchase that is found gets locked: that goes to the WAL, so a replay too waits for the standby's disk.
 SELL = """
     WITH bought AS (
-        SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = $1
+        SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = $1 FOR UPDATE
     ), taken AS (
         UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp()
         WHERE item_id = 1 AND stock > 0 AND NOT EXISTS (SELECT FROM bought)
@@ -33,7 +34,7 @@ SELL = """
     SELECT coalesce(sold.purchase_id, bought.purchase_id),
         coalesce(sold.remaining_stock, bought.remaining_stock), bought.customer_id, stock
     FROM inventory LEFT JOIN sold ON true LEFT JOIN bought ON true WHERE item_id = 1"""
-# The same answer for who buys nothing, at half the cost: asked first where the last buyer came too late.
+# Who certainly buys nothing learns it at half the cost: asked first where the last buyer came too late.
 LOOK = """
     SELECT purchase_id, remaining_stock, customer_id, stock
     FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
@@ -93,9 +94,9 @@ class PostgresStore:
             purchase_id, remaining_stock, earlier_buyer, stock = row
             if earlier_buyer not in (None, customer_id):
                 raise db.KeyReused(idempotency_key or "")
-            if purchase_id is not None:
+            if purchase_id is not None and statement is SELL:
                 return db.Purchase(purchase_id, remaining_stock, replayed=earlier_buyer is not None)
-            if stock == 0:
+            if purchase_id is None and stock == 0:
                 self._first_statement = LOOK
                 raise db.SoldOut
             self._first_statement = statement = SELL
