@@ -649,7 +649,7 @@ def own_server() -> Iterator[tuple[str, int]]:
         with socket.create_server(LOCAL) as probe:
             port = str(probe.getsockname()[1])
         settings = {"HOST": "127.0.0.1", "PORT": port, "WEB_CONCURRENCY": "4", "ALLOW_RESET": "1"}
-        if not os.environ.get("DATABASE_URL", "").startswith("postgresql:"):
+        if not os.environ.get("DATABASE_URL", "").startswith(("postgresql:", "postgres:")):
             settings["DATABASE_URL"] = f"sqlite:///{Path(folder, 'inventory.db').as_posix()}"
         log = Path(folder, "server.log")
         command = [sys.executable, str(Path(__file__).with_name("app.py"))]
