@@ -184,7 +184,7 @@ def refuse_request(error: HTTPException) -> ResponseReturnValue:
                 break
     response = error.get_response()
     message = HINTS.get(response.status_code, error.description)
-    response.set_data(json.dumps({"success": False, "message": message}))
+    response.set_data(_compact({"success": False, "message": message}))
     response.content_type = "application/json"
     return cast(Response, response)
 
@@ -202,10 +202,15 @@ def audit_command() -> None:
     sys.exit(not counted.consistent)
 
 
+def _compact(body: dict[str, Any]) -> str:
+    """As Flask writes it."""
+    return json.dumps(body, separators=(",", ":")) + "\n"
+
+
 def _refusal(error: type[db.StoreError], status: int, **members: Any) -> Response:
     body = {"success": False, "message": error.__doc__, **members}
     headers = {"Retry-After": "1"} if status == 503 else {}
-    return Response(json.dumps(body), status, headers, content_type="application/json")
+    return Response(_compact(body), status, headers, content_type="application/json")
 
 
 # What a refusal of the store means in HTTP, made once as it is always the same (sending doesn't change it).
