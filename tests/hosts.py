@@ -29,8 +29,8 @@ SWITCH = "switch"
 CLONE_NEWNET = 0x40000000
 UNKNOWN = 500  # the connection to the database was lost in between: as good as no answer
 
-BUYERS = 24
-REQUEST_TIMEOUT_S = 4
+BUYERS = 12
+REQUEST_TIMEOUT_S = 3
 PATIENCE_S = 25.0
 READING_PAUSE_S = 0.02
 

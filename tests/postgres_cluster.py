@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 PASSWORD = "correct-horse"  # of the one role; it must never turn up in an answer or a log
 ROLE = "sale"
@@ -102,9 +102,9 @@ class Cluster:
             rules.write("host all,replication all 0.0.0.0/0 scram-sha-256\n")
         self._configure()
 
-    def standby(self, name: str = "standby", **place: str) -> "Cluster":
+    def standby(self, name: str = "standby", **place: Any) -> "Cluster":
         """A copy of this server that streams from it as `name`; not started yet."""
-        copy = Cluster(self.settings, **place)  # type: ignore[arg-type]
+        copy = Cluster(self.settings, **place)
         source = f"host={self.host} port={self.port} user={ROLE} password={PASSWORD} application_name={name}"
         self.run("pg_basebackup", "-D", copy.data, "-d", source, "-R", "-X", "stream", "-c", "fast", "-N")
         copy._configure()

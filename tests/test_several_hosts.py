@@ -16,7 +16,7 @@ if SKIPPED := reason_to_skip():
 
 APP_HOSTS = ("app1", "app2", "app3")
 DATABASE_PORT, APP_PORT, SLOW_APP_PORT = 5432, 8001, 8101
-SETTINGS = {"LOCK_TIMEOUT": "1", "WEB_CONCURRENCY": "2"}
+SETTINGS = {"LOCK_TIMEOUT": "0.5", "WEB_CONCURRENCY": "2"}
 STOCK = 100_000  # the sales with a fault end when the fault is over
 SALES = 60  # before a fault, while it lasts, and after it
 DELAY_S = 0.02  # in each direction
