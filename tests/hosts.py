@@ -132,6 +132,12 @@ class AppHost(Service):
         self.process.wait(10)
 
 
+def all_workers(service: Service, wanted: int) -> list[int]:
+    """Their process ids, once so many are there."""
+    wait_until(lambda: len(service.workers()) == wanted, PATIENCE_S, "workers are missing")
+    return service.workers()
+
+
 class Buyers:
     """A crowd that buys at all of these URLs, one customer after the other, and its history.
 
@@ -213,12 +219,15 @@ class Buyers:
         sold = {a[2:4] + a[7:] for a in self.attempts if a.status == SOLD}
         query = "SELECT customer_id, idempotency_key, remaining_stock, purchase_id FROM purchases"
         stored = cluster.sql(query, database).splitlines()
-        assert sorted(stored) == sorted("|".join(map(str, purchase)) for purchase in sold)
-        assert len({customer for customer, *_ in sold}) == len(sold)
+        acknowledged = {"|".join(map(str, purchase)) for purchase in sold}
+        assert not acknowledged - set(stored), f"lost: {acknowledged - set(stored)}"
+        assert not set(stored) - acknowledged, f"stored, and no buyer knows: {set(stored) - acknowledged}"
+        assert len({customer for customer, *_ in sold}) == len(sold) == len(stored)
         audit = Api(self.urls[0]).audit()
         assert audit is not None
         assert (audit.stock, audit.records) == (self.stock - len(sold), len(sold))
-        assert proof.check(self.stock, self.attempts, self.readings, audit) == []
+        violations = proof.check(self.stock, self.attempts, self.readings, audit)
+        assert not violations, violations
 
     def unclear(self) -> int:
         """How many attempts told their buyer nothing for sure."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import requests
-from hosts import REQUEST_TIMEOUT_S, AppHost, Buyers, Network
+from hosts import REQUEST_TIMEOUT_S, AppHost, Buyers, Network, all_workers
 from postgres_cluster import PASSWORD, ROLE, Cluster, reason_to_skip
+from postgres_proxy import Proxy
 from service import PROJECT, Service, wait_until
 
 import proof_of_correctness as proof
@@ -19,8 +20,9 @@ from proof_of_correctness import BUSY, LOST, SOLD, SOLD_OUT
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
 
-STOCK = 800
-SALES = 100  # before a fault
+STOCK = 200
+SALES = 50  # before a fault
+DISTANCE_S = 0.005  # from the primary to the standby, and back: some answer would get ahead of its copy
 WORKERS = 4
 LIMIT_S = 20
 SYNCHRONOUS = "SELECT sync_state FROM pg_stat_replication"
@@ -41,7 +43,16 @@ def primary(stack: ExitStack) -> Cluster:
 
 @pytest.fixture
 def standby(stack: ExitStack, primary: Cluster) -> Cluster:
-    return start_standby(stack, primary, primary.standby())
+    """At a distance."""
+    copy = start_standby(stack, primary, primary.standby())
+    way = stack.enter_context(Proxy(primary.port, delay_s=DISTANCE_S))
+    source = copy.sql("SHOW primary_conninfo").replace(f"port={primary.port}", f"port={way.port}")
+    copy.sql(f"ALTER SYSTEM SET primary_conninfo = $${source}$$")
+    copy.reload()
+    streams = "SELECT status || ' from ' || sender_port FROM pg_stat_wal_receiver"
+    wait_until(lambda: copy.sql(streams) == f"streaming from {way.port}", LIMIT_S, "nothing comes that way")
+    wait_until(lambda: primary.sql(SYNCHRONOUS) == "sync", LIMIT_S, "the standby is not synchronous")
+    return copy
 
 
 @pytest.fixture
@@ -68,8 +79,7 @@ def settings(primary: Cluster, standby: Cluster) -> dict[str, str]:
 
 def fail_over(service: Service, lose_primary: Callable[[], None], standby: Cluster) -> None:
     """Lose the primary in mid-sale, promote the standby, sell the rest there, and judge the whole."""
-    wait_until(lambda: len(service.workers()) == WORKERS, LIMIT_S, "workers are missing")
-    workers = service.workers()
+    workers = all_workers(service, WORKERS)
     with Buyers([service.url], STOCK) as buyers:
         buyers.wait_for_sales(SALES)
         lose_primary()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from hosts import REQUEST_TIMEOUT_S, AppHost, Buyers, Network, serving
+from hosts import REQUEST_TIMEOUT_S, AppHost, Buyers, Network, all_workers, serving
 from postgres_cluster import Cluster, reason_to_skip
 from postgres_proxy import Proxy
 
@@ -16,7 +16,8 @@ if SKIPPED := reason_to_skip():
 
 APP_HOSTS = ("app1", "app2", "app3")
 DATABASE_PORT, APP_PORT, SLOW_APP_PORT = 5432, 8001, 8101
-SETTINGS = {"LOCK_TIMEOUT": "0.5", "WEB_CONCURRENCY": "2"}
+WORKERS = 2  # on each app host
+SETTINGS = {"LOCK_TIMEOUT": "0.5", "WEB_CONCURRENCY": str(WORKERS)}
 STOCK = 100_000  # the sales with a fault end when the fault is over
 SALES = 60  # before a fault, while it lasts, and after it
 DELAY_S = 0.02  # in each direction
@@ -84,7 +85,7 @@ def test_a_host_that_is_killed_in_mid_sale_takes_no_sale_along(
 def test_all_hosts_go_on_selling_when_the_database_was_restarted_in_mid_sale(
     hosts: list[AppHost], cluster: Cluster, how: signal.Signals
 ) -> None:
-    workers = [host.workers() for host in hosts]
+    workers = [all_workers(host, WORKERS) for host in hosts]
     with Buyers(urls(hosts), STOCK) as buyers:
         buyers.wait_for_sales(SALES)
         cluster.restart(how)
