@@ -72,7 +72,10 @@ def test_a_stop_answers_the_request_in_flight_and_exits_0(
         ):
             buyer.sendall(purchase_request("alice"))
             wait_until_it_is_read(service.port)
-            os.killpg(service.process.pid, number)  # as a terminal does it, to the workers too
+            if number == signal.SIGINT:  # a terminal sends it to the workers too
+                os.killpg(service.process.pid, number)
+            else:
+                service.process.send_signal(number)
             stopping = threading.Thread(target=lambda: answers.append(service.process.wait(20)))
             stopping.start()
             holder.execute("ROLLBACK")
