@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 SCHEMA = Path(__file__).with_name("schema.sql")
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
 SCHEMA_VERSION = 1
-ITEM_ID = 1
 
 RETRY_SLEEP_MIN_S = 0.0005
 RETRY_SLEEP_MAX_S = 0.005
@@ -33,7 +32,7 @@ WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the f
 HEALTH_LOCK_TIMEOUT_S = 1.0
 REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
-# Where the platform has fdatasync, COMMIT doesn't flush: _Reader.flush does, after the lock is free.
+# Where the platform has fdatasync, COMMIT doesn't flush: _flush does, after the lock is free.
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
 
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
