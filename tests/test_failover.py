@@ -20,9 +20,9 @@ from proof_of_correctness import BUSY, LOST, SOLD, SOLD_OUT
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
 
-STOCK = 200
+STOCK = 150
 SALES = 50  # before a fault
-DISTANCE_S = 0.005  # from the primary to the standby, and back: some answer would get ahead of its copy
+DISTANCE_S = 0.01  # from the primary to the standby, and back: some answer would get ahead of its copy
 WORKERS = 4
 LIMIT_S = 20
 SYNCHRONOUS = "SELECT sync_state FROM pg_stat_replication"
