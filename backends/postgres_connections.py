@@ -20,11 +20,14 @@ import db
 
 # Not left to the server's configuration. The sale counts on READ COMMITTED; a plan that was made while
 # the tables were empty is kept for the whole sale, so it must not be one that is good for empty tables.
+# A 200 means on disk: synchronous_commit may be stricter than on, or local, but not off.
 SETTINGS = """
     SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),
         set_config('default_transaction_isolation', 'read committed', false),
         set_config('plan_cache_mode', 'force_generic_plan', false),
-        set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false)"""
+        set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false),
+        set_config('synchronous_commit',
+            replace(current_setting('synchronous_commit'), 'off', 'on'), false)"""
 CONNECTION = {  # unless the URL says otherwise
     "connect_timeout": "2",
     "keepalives_idle": "10",

@@ -307,6 +307,17 @@ def test_a_server_set_to_serializable_sells_each_unit_once(
     assert store.audit() == (10, 0, 10)
 
 
+@pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("remote_apply", "remote_apply")])
+def test_a_sale_is_flushed_before_its_answer_whatever_the_server_is_set_to(
+    open_store: OpenStore, cluster: Cluster, admin: psycopg.Connection[Any], configured: str, used: str
+) -> None:
+    store = open_store()
+    setting = "customer_id = current_setting('synchronous_commit')"
+    admin.execute(f"ALTER TABLE purchases ADD CONSTRAINT setting CHECK ({setting}) NOT VALID")
+    with server_default(cluster, f"synchronous_commit = {configured}"):
+        assert store.buy(used).remaining_stock == 4
+
+
 def fail_purchases(admin: psycopg.Connection[Any], code: str, times: int) -> None:
     """The first purchases fail with an SQLSTATE, as a trigger raises it."""
     admin.execute(
