@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 from flask import Flask, Response, abort, current_app, request
@@ -26,6 +26,9 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler, make_server
 
 import db
+
+if TYPE_CHECKING:
+    from backends.postgres import PostgresStore
 
 VERSION = "1.0.0"
 FOLDER = Path(__file__).parent
@@ -55,19 +58,19 @@ BANNER = """\
 ============================================================
 FLASH SALE INVENTORY SERVICE
 ============================================================
-Item:                {ITEM_NAME}
-Initial stock:       {INITIAL_STOCK} units
+Item:                {now.item_name}
+Initial stock:       {now.initial_stock} units, {now.current_stock} left
 Concurrency control: {store.concurrency_model}
 Lock timeout:        {LOCK_TIMEOUT:g} s
-URL:                 http://{HOST}:{PORT}
+URL:                 http://{address}
 ============================================================"""
 
-# No answer may be stored (a 410 is cacheable by default: RFC 9110, 15.5.11), none is anything but JSON.
+# No answer may be stored (a 410 is cacheable by default: RFC 9110, 15.5.11) or taken for another type.
 PROTECTION = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 HINTS = {
     404: "There is nothing at this path - GET / lists the endpoints.",
     405: "This path takes other methods - the header Allow lists them, GET / what they do.",
-    500: db.OutcomeUnknown.__doc__,  # a bug: Flask logs it
+    500: "Something failed here - if it was a purchase, repeat it with the same Idempotency-Key.",
 }
 
 log = logging.getLogger(__name__)
@@ -292,8 +295,8 @@ def _refuse_constant(name: str) -> NoReturn:
 JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _store() -> db.SQLiteStore:
-    return cast(db.SQLiteStore, current_app.extensions["store"])
+def _store() -> "db.SQLiteStore | PostgresStore":
+    return cast("db.SQLiteStore | PostgresStore", current_app.extensions["store"])
 
 
 class ConfigError(ValueError):
@@ -360,7 +363,8 @@ def serve_locally() -> None:
     app = start()
     host, port = app.config["HOST"], app.config["PORT"]
     _require_free_port(host, port)
-    print(BANNER.format(**app.config, store=app.extensions["store"]), flush=True)
+    store = app.extensions["store"]
+    print(BANNER.format(**app.config, address=address(app), store=store, now=store.inventory()), flush=True)
     if os.name == "posix" and importlib.util.find_spec("gunicorn"):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
         conf = str(FOLDER / "gunicorn.conf.py")
@@ -371,6 +375,11 @@ def serve_locally() -> None:
     server.daemon_threads = False  # requests in flight are answered before the process ends
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.serve_forever()
+
+
+def address(app: Flask) -> str:
+    host, port = app.config["HOST"], app.config["PORT"]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class RequestHandler(WSGIRequestHandler):

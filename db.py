@@ -51,12 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
-    """The store refused."""
-
-    @property
-    def message(self) -> str:
-        """What a buyer is told: the docstring of the error's class."""
-        return type(self).__doc__ or ""
+    """The store refused. The docstring of each error is what a buyer is told."""
 
 
 class SoldOut(StoreError):
@@ -143,7 +138,7 @@ class SQLiteStore:
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
-        self._idle: dict[int, deque[_Reader]] = {}
+        self._idle: dict[int, deque[_Reader]] = {}  # by process: a fork must not share them
         self._wal_is_whole = True
 
     def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
@@ -160,7 +155,7 @@ class SQLiteStore:
                     reader.require_same_wal()
                     purchase = _sell(connection, customer_id, idempotency_key)
             self._flush(reader)  # for a replay too: its first answer may have died before the flush
-        if purchase.purchase_id % CHECKPOINT_EVERY == 0:
+        if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
             self._checkpoint()
         return purchase
 
@@ -267,7 +262,8 @@ class SQLiteStore:
         """The one place that begins, commits and rolls back, on a connection of its own."""
         with closing(self._connect()) as connection:
             connection.execute("PRAGMA busy_timeout = 0")  # SQLite's own waiting lets newcomers overtake
-            _when_free(connection, "BEGIN IMMEDIATE", lock_timeout_s or self.lock_timeout_s)
+            timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
+            _when_free(connection, "BEGIN IMMEDIATE", timeout_s)
             try:
                 yield connection
                 _commit(connection)
@@ -315,13 +311,13 @@ class SQLiteStore:
         try:
             with closing(self._connect()) as connection:
                 connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE_MS}")
-                busy = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
-                if busy:
-                    log.warning("checkpoint incomplete, the WAL grows: a reader holds on to %s", self.path)
+                _, frames, copied = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
         except sqlite3.Error as error:  # the sales before it are safe in the WAL
             log.error("checkpoint of %s failed: %s", self.path, error)
             return False
-        return not busy
+        if copied < frames:
+            log.warning("checkpoint incomplete, the WAL grows: somebody reads on and on from %s", self.path)
+        return bool(0 <= frames == copied)  # -1: another process is at it
 
 
 class _Reader:

@@ -18,14 +18,16 @@ from typing import Any, NoReturn
 
 import gunicorn.util
 
-from app import PROTECTION, app  # loaded here, once, before the fork; also reads .env
+from app import PROTECTION, address, app  # loaded here, once, before the fork; also reads .env
 
-bind = "{HOST}:{PORT}".format_map(app.config)
+bind = address(app)
 workers = app.config["WEB_CONCURRENCY"]
 worker_class = "sync"  # calmer than threads, which fight over the interpreter while one holds the write lock
 preload_app = True
 backlog = 2048  # the buyers of the first moment wait here; the kernel caps it at net.core.somaxconn
-timeout = 30 + math.ceil(app.config["LOCK_TIMEOUT"])  # a worker that waits for the write lock does not hang
+timeout = 30 + math.ceil(app.config["LOCK_TIMEOUT"])  # who waits for the write lock doesn't hang
+DRAIN_LIMIT_S = 20  # at a stop, for those who wait in the backlog
+graceful_timeout = DRAIN_LIMIT_S + timeout  # the last of them may have to wait for the write lock
 control_socket_disable = True
 forwarder_headers = ""  # a client's header SCRIPT_NAME or PATH_INFO must not change where a request goes
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # off unless asked for; no query, no body
@@ -41,7 +43,6 @@ DROP_SYN = [
 ]
 SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
 LAST_COMER_S = 0.2  # for the last packet of handshakes that were begun
-DRAIN_LIMIT_S = 20  # below gunicorn's graceful_timeout of 30 s, when the master kills
 QUOTE_MAX = 300  # characters; of a request that is no HTTP, in the answer and in the log
 
 
@@ -58,14 +59,14 @@ def post_worker_init(worker: Any) -> None:
 
 
 def stop(server: Any) -> NoReturn:
-    """Let nobody else queue, unless another master goes on listening; the workers answer those who do."""
+    """Let nobody else queue, unless another master goes on listening; who queues already is answered."""
     if not (server.reexec_pid or server.systemd):
         server.stopping[0] = True
         rows = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in DROP_SYN))
         program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(rows))
         for listener in server.LISTENERS if sys.platform == "linux" else ():
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-    raise StopIteration  # gunicorn's own handle_term
+    raise StopIteration  # as gunicorn's own handle_term does
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -80,7 +81,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
     """What gunicorn answers by itself (a request it can't parse), as JSON; it has no setting for that."""
-    body = json.dumps({"success": False, "message": (message or reason)[:QUOTE_MAX]}).encode()
+    text = f"{(message or reason)[:QUOTE_MAX]} - send a valid HTTP/1.1 request"
+    body = json.dumps({"success": False, "message": text}, separators=(",", ":")).encode()
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",

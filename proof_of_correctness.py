@@ -896,11 +896,15 @@ def draw(result: Result) -> str:
     epoch = min(a.start for a in attempts)
     stock = [segment for h in result.histories for segment in stock_segments(h, epoch)]
     waits = [(outcome(a), a.start - epoch, n, a.end - epoch, n) for n, a in enumerate(attempts)]
-    return "".join((
-        chart("Stock over time", "seconds", "units", 1.5, stock),
-        chart("Every attempt from start to end", "seconds", "attempts", max(0.5, 235 / len(waits)), waits),
-        chart("Response times", "milliseconds", "attempts", 13, list(time_segments(attempts))),
-    ))
+    return "".join(
+        (
+            chart("Stock over time", "seconds", "units", 1.5, stock),
+            chart(
+                "Every attempt from start to end", "seconds", "attempts", max(0.5, 235 / len(waits)), waits
+            ),
+            chart("Response times", "milliseconds", "attempts", 13, list(time_segments(attempts))),
+        )
+    )
 
 
 STYLE = """
@@ -977,6 +981,7 @@ def prove(options: argparse.Namespace, results: list[Result]) -> None:
         api, server_pid = Api(options.url.rstrip("/")), None
         try:
             api.check_health()
+            print(f"Judging the server at {api.url}: its purchases will be deleted")
         except NoAnswer:
             url, server_pid = undo.enter_context(own_server())
             print(f"Nobody answers at {api.url}: judging a server of our own at {url}")
@@ -995,7 +1000,8 @@ def conclude(results: Sequence[Result], reason: str) -> tuple[int, str]:
         return 1, f"NOT CORRECT: violations in {failed}"
     if reason or unsure:
         return 2, f"NOT JUDGED: {reason or unsure + ' inconclusive'}"
-    return 0, "PROVEN: every unit was sold exactly once"
+    skipped = "".join(f" (test {r.number} skipped)" for r in results if r.verdict == SKIPPED)
+    return 0, f"PROVEN: every unit was sold exactly once{skipped}"
 
 
 def as_json(result: Result) -> dict[str, Any]:

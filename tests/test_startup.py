@@ -32,7 +32,7 @@ WITHOUT_GUNICORN = (
 def test_the_local_demo_prints_a_banner_and_allows_reset(tmp_path: Path) -> None:
     with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="", ITEM_NAME="Zoë's show", INITIAL_STOCK="7") as service:
         banner = service.log.split("Starting gunicorn")[0]
-        for part in ("Zoë's show", "7 units", "BEGIN IMMEDIATE", "5 s", service.url):
+        for part in ("Zoë's show", "7 units, 7 left", "BEGIN IMMEDIATE", "5 s", service.url):
             assert part in banner
         deadline = time.monotonic() + 10
         while len(service.workers()) < 4 and time.monotonic() < deadline:
