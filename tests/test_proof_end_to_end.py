@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 120
 TRIES_MAX = 3  # some faults hit one sale in 200: a run may be lucky
 CAUGHT_AS = {
-    "no_lock": "duplicate level",
-    "no_recheck": "oversold",
-    "refill": "oversold",
-    "unstored": "lost purchase",
-    "unacknowledged": "phantom purchase",
-    "same_level": "duplicate level",
-    "after_sell_out": "oversold",
-    "stale": "not linearizable",
-    "sells_again": "one key, different answers",
+    "no_lock": {"duplicate level"},
+    "no_recheck": {"oversold"},
+    "refill": {"oversold"},
+    "unstored": {"lost purchase"},
+    "unacknowledged": {"phantom purchase", "one key, different answers"},  # the latter if it had a key
+    "same_level": {"duplicate level"},
+    "after_sell_out": {"oversold"},
+    "stale": {"not linearizable"},
+    "sells_again": {"one key, different answers"},
 }
 ONLY_POSIX = pytest.mark.skipif(os.name != "posix", reason="gunicorn and SIGKILL are POSIX")
 
@@ -172,7 +172,7 @@ def test_a_broken_server_is_caught_with_a_violation_that_names_what_happened(fol
             if done.returncode == 1:
                 break
     assert done.returncode == 1, done.stdout
-    assert CAUGHT_AS[fault] in kinds_in(figures)
+    assert CAUGHT_AS[fault] & kinds_in(figures)
     assert "NOT CORRECT" in done.stdout
 
 
@@ -181,7 +181,7 @@ def test_a_stock_that_is_refilled_when_a_worker_starts_is_caught_by_killing_work
     figures = folder / "figures.json"
     done = run(folder, "--url", closed_url, "--buyers", "100", "--json", str(figures), BROKEN_FAULT="refill")
     assert done.returncode == 1, done.stdout
-    assert CAUGHT_AS["refill"] in kinds_in(figures)
+    assert CAUGHT_AS["refill"] & kinds_in(figures)
 
 
 def kinds_in(figures):
