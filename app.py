@@ -258,12 +258,13 @@ def _idempotency_key() -> str | None:
 def _json_object() -> dict[str, Any]:
     if "HTTP_TRANSFER_ENCODING" in request.environ:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
-    if (request.content_length or 0) > MAX_BODY_BYTES:
+    announced = request.content_length or 0  # bytes
+    if announced > MAX_BODY_BYTES:
         abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
     body = b""
     with suppress(OSError):  # the client is gone
         body = request.get_data()
-    if len(body) < (request.content_length or 0):  # gunicorn hands on whatever came (RFC 9112, 8)
+    if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
         abort(400, "The body ended before its Content-Length - send all of it.")
     if not body:
         return {}

@@ -65,6 +65,19 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | variables
 
 
+def run_to_end(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command that is expected to end by itself, in the project's folder."""
+    return subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
 class Service:
     """`gunicorn app:app` (or another command) on a free port; `with` stops it as SIGTERM does."""
 

@@ -2,7 +2,6 @@
 
 import math
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from service import PROJECT, environment
+from service import PROJECT, run_to_end
 
 import app as app_module
 
@@ -90,15 +89,7 @@ def test_a_start_with_such_a_value_ends_with_one_clear_line(
     tmp_path: Path, command: list[str], name: str, value: str
 ) -> None:
     variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"} | {name: value}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=PROJECT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run_to_end([sys.executable, *command], **variables)
     assert done.returncode not in (0, None)
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"Cannot start: {name} ")

@@ -5,7 +5,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from service import PROJECT, Service, environment, free_port, parse_answer, purchase_request
+from service import PROJECT, Service, free_port, parse_answer, purchase_request, run_to_end
 from test_sqlite_store import write_lock
 
 LOCAL_DEMO = (sys.executable, "app.py")
@@ -108,15 +107,7 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            LOCAL_DEMO,
-            cwd=PROJECT,
-            env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port)),
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = run_to_end(LOCAL_DEMO, DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port))
     assert done.returncode == 1
     assert done.stderr == f"Cannot start: 127.0.0.1 port {port}: Address already in use - set HOST or PORT\n"
     assert done.stdout == ""
@@ -126,15 +117,7 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
 def test_a_database_that_is_not_ours_is_told_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
     path = tmp_path / "inventory.db"
     path.write_text("shopping list\n" * 100)
-    done = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=environment(DATABASE_URL=f"sqlite:///{path}", PORT=str(free_port())),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run_to_end(command, DATABASE_URL=f"sqlite:///{path}", PORT=str(free_port()))
     assert done.returncode not in (0, None)
     assert done.stderr == f"Cannot start: {path}: file is not a database\n"
 
@@ -149,14 +132,10 @@ def in_a_read_only_folder(folder: Path) -> tuple[str, ...]:
 
 
 def test_a_read_only_folder_is_told_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = run_to_end(
         in_a_read_only_folder(tmp_path),
-        cwd=PROJECT,
-        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(free_port())),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+        DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db",
+        PORT=str(free_port()),
     )
     tmp_path.chmod(0o700)
     assert done.returncode == 4
@@ -204,14 +183,8 @@ def test_a_worker_that_is_killed_is_replaced_while_the_write_lock_is_held(tmp_pa
 
 
 def test_gunicorn_does_not_start_a_worker_again_and_again_that_cannot_start(tmp_path: Path) -> None:
-    done = subprocess.run(
-        (*GUNICORN, "--config", os.devnull),
-        cwd=PROJECT,
-        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/missing/inventory.db"),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+    done = run_to_end(
+        (*GUNICORN, "--config", os.devnull), DATABASE_URL=f"sqlite:///{tmp_path}/missing/inventory.db"
     )
     assert done.returncode == 4
     assert "Cannot start:" in done.stderr
@@ -219,14 +192,9 @@ def test_gunicorn_does_not_start_a_worker_again_and_again_that_cannot_start(tmp_
 
 @pytest.mark.parametrize("arguments", [["init-db"], ["audit"]])
 def test_the_flask_commands_work(tmp_path: Path, arguments: list[str]) -> None:
-    done = subprocess.run(
+    done = run_to_end(
         [sys.executable, "-m", "flask", "--app", "app", *arguments],
-        cwd=PROJECT,
-        env=environment(DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db"),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+        DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db",
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "100" in done.stdout
