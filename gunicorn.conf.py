@@ -53,9 +53,15 @@ def when_ready(server: Any) -> None:
     server.handle_int = server.handle_term = functools.partial(stop, server)
 
 
+def post_fork(server: Any, worker: Any) -> None:
+    worker.stopping = server.stopping
+
+
 def post_worker_init(worker: Any) -> None:
     """A terminal's Ctrl-C reaches the workers too: they leave it to the master."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if worker.stopping[0]:  # the SIGTERM may have come before gunicorn listened for it
+        worker.alive = False
 
 
 def stop(server: Any) -> NoReturn:

@@ -1,5 +1,6 @@
 """SIGTERM and SIGHUP in the middle of a rush: who has sent a request gets its answer."""
 
+import re
 import signal
 import socket
 import sqlite3
@@ -10,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from service import Service, parse_answer, purchase_request, send_at_once, wait_until
+from service import Service, parse_answer, patched, purchase_request, send_at_once, wait_until
 from test_sqlite_store import write_lock
 
 WAITING = 400
@@ -99,6 +100,31 @@ def test_sigterm_under_load_loses_no_request_that_was_sent(tmp_path: Path) -> No
         wait_until(lambda: rush.outcomes["refused"] == len(rush.threads), 20, "somebody is still answered")
     assert set(rush.outcomes) == {"200", "refused"}
     assert rush.outcomes["200"] == purchases(tmp_path)
+
+
+def test_a_worker_stops_that_was_told_so_before_it_handled_signals(tmp_path: Path) -> None:
+    deaf_at_first = (
+        "import signal, time, gunicorn.workers.base as base\n"
+        "init_signals = base.Worker.init_signals\n"
+        "def late(worker):\n"
+        "    if worker.age == 2:\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "        while signal.SIGTERM not in signal.sigpending():\n"
+        "            time.sleep(0.01)\n"
+        "        signal.sigwait([signal.SIGTERM])\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "    init_signals(worker)\n"
+        "base.Worker.init_signals = late"
+    )
+    with Service(tmp_path, *patched(deaf_at_first), WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: any(map(is_deaf, service.workers())), 20, "no worker is deaf")
+        assert service.stop(signal.SIGTERM) == 0
+
+
+def is_deaf(pid: int) -> bool:
+    blocked = re.search(r"SigBlk:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert blocked is not None
+    return bool(int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_sighup_under_load_replaces_the_workers_and_loses_no_request(tmp_path: Path) -> None:
