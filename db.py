@@ -27,13 +27,14 @@ SCHEMA_VERSION = 1
 RETRY_SLEEP_MIN_S = 0.0005
 RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
-CHECKPOINT_PATIENCE_MS = 100  # a checkpoint may hold the write lock while it waits for a reader
+CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
 HEALTH_LOCK_TIMEOUT_S = 1.0
 REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
 # Where the platform has fdatasync, COMMIT doesn't flush: _flush does, after the lock is free.
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
+SET_SYNCHRONOUS = f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}"
 
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
 FIND_KEY = "SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = ?"
@@ -239,48 +240,50 @@ class SQLiteStore:
             if not os.access(place, os.W_OK):
                 raise Unavailable(f"{place} is read-only")
 
-    def _connect(self, mode: str = "rw") -> sqlite3.Connection:
-        """A connection that waits for the lock timeout where SQLite itself waits (set-up, reads)."""
+    def _connect(self, mode: str = "rw", patience_s: float | None = None) -> sqlite3.Connection:
+        """A connection that has read nothing yet: its first statement may meet a lock.
+
+        `patience_s` is how long SQLite itself then waits, by default the lock timeout.
+        """
         connection = sqlite3.connect(
             f"{self.uri}?mode={mode}",
             uri=True,
-            timeout=self.lock_timeout_s,
+            timeout=self.lock_timeout_s if patience_s is None else patience_s,
             isolation_level=None,
             check_same_thread=False,
         )
-        try:
-            connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
-            connection.execute(f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}")
-        except BaseException:
-            connection.close()
-            raise
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
         return connection
 
     @contextmanager
     def _transaction(self, lock_timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own."""
-        with closing(self._connect()) as connection:
-            connection.execute("PRAGMA busy_timeout = 0")  # SQLite's own waiting lets newcomers overtake
-            timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
+        timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
+        connection = self._connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
+        try:
+            _when_free(connection, SET_SYNCHRONOUS, timeout_s)
             _when_free(connection, "BEGIN IMMEDIATE", timeout_s)
-            try:
-                yield connection
-                _commit(connection)
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+            yield connection
+            _commit(connection)
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        finally:
+            connection.close()
 
     def _reader(self) -> "_Reader":
         """This process's standing connection, or one more while another thread uses it."""
         idle = self._idle.setdefault(os.getpid(), deque())
-        while idle:
-            with suppress(IndexError):  # another thread was faster
+        while True:
+            try:
                 reader = idle.pop()
-                if reader.is_current():
-                    return reader
-                reader.close()
+            except IndexError:
+                break
+            if reader.is_current():
+                return reader
+            reader.close()
         with _faults(self.path), ExitStack() as undo:
             connection = undo.enter_context(closing(self._connect("ro")))
             reader = _Reader(connection, self.path, idle)
@@ -309,8 +312,8 @@ class SQLiteStore:
         before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"), hence wal_autocheckpoint=0 and this.
         """
         try:
-            with closing(self._connect()) as connection:
-                connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE_MS}")
+            with closing(self._connect(patience_s=CHECKPOINT_PATIENCE_S)) as connection:
+                connection.execute(SET_SYNCHRONOUS)
                 _, frames, copied = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
         except sqlite3.Error as error:  # the sales before it are safe in the WAL
             log.error("checkpoint of %s failed: %s", self.path, error)
@@ -335,7 +338,7 @@ class _Reader:
         self.next_check = time.monotonic() + REPLACED_CHECK_S
         self.connection = connection
         self.connection.execute(FIND_STOCK).fetchone()  # opens the WAL
-        self.wal_path = Path(f"{path}-wal")
+        self.wal_path = f"{path}-wal"
         self.wal = os.open(self.wal_path, os.O_RDONLY)
         self.wal_id = _file_id(self.wal_path)
 
@@ -343,7 +346,7 @@ class _Reader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, sqlite3.Error | OSError):
+        if error is None or not isinstance(error, sqlite3.Error | OSError):
             self.idle.append(self)
             return
         self.close()  # it may be what is broken: the next call opens another
@@ -453,7 +456,7 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def _file_id(path: Path) -> tuple[int, int]:
+def _file_id(path: Path | str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

@@ -292,12 +292,7 @@ def test_no_power_cut_takes_back_an_acknowledged_purchase(tmp_path: Path) -> Non
     "sabotage",
     [
         "db.SQLiteStore._flush = lambda self, reader: None",
-        "connect = db.SQLiteStore._connect\n"
-        "def careless(store, mode='rw'):\n"
-        "    connection = connect(store, mode)\n"
-        "    connection.execute('PRAGMA synchronous = OFF')\n"
-        "    return connection\n"
-        "db.SQLiteStore._connect = careless",
+        "db.SET_SYNCHRONOUS = 'PRAGMA synchronous = OFF'",
     ],
     ids=["before the answer", "by a checkpoint"],
 )
