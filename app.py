@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
-from flask import Flask, Response, abort, current_app, request
+from flask import Flask, Request, Response, abort, current_app, request
 from flask.typing import ResponseReturnValue
 from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-untyped]
 from werkzeug.exceptions import HTTPException
@@ -96,7 +96,8 @@ def describe() -> ResponseReturnValue:
 
 def buy_ticket() -> ResponseReturnValue:
     """Purchase a ticket"""
-    purchase = _store().buy(_customer_id(), _idempotency_key())
+    http = _request()
+    purchase = _store().buy(_customer_id(http), _idempotency_key(http))
     body = {
         "success": True,
         "message": "Purchase successful",
@@ -115,7 +116,7 @@ def reset() -> ResponseReturnValue:
     """For testing only: forget all purchases, refill the stock"""
     if not current_app.config["ALLOW_RESET"]:
         abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
-    stock = _json_object().get("stock", current_app.config["INITIAL_STOCK"])
+    stock = _json_object(_request()).get("stock", current_app.config["INITIAL_STOCK"])
     if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
         abort(400, f'stock has to be a whole number, 0 to {MAX_STOCK} - send {{"stock": 100}} or no body.')
     _store().reset(stock)
@@ -237,34 +238,39 @@ ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
 DOCS_CONFIG = {"app_name": "Flash Sale", "oauth2RedirectUrl": "", "validatorUrl": None}
 
 
-def _customer_id() -> str:
-    customer_id = _json_object().get("customer_id", "guest")
+def _request() -> Request:
+    """The request itself: each look at it through Flask's proxy costs as much as the question for stock."""
+    return request._get_current_object()  # type: ignore[attr-defined, no-any-return]
+
+
+def _customer_id(http: Request) -> str:
+    customer_id = _json_object(http).get("customer_id", "guest")
     if not isinstance(customer_id, str) or not CUSTOMER_ID.fullmatch(customer_id):
         abort(400, "customer_id has to be a string of 1 to 128 characters without control characters.")
     return customer_id
 
 
-def _idempotency_key() -> str | None:
-    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+def _idempotency_key(http: Request) -> str | None:
+    key = http.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         abort(400, "Idempotency-Key has to be 1 to 255 visible ASCII characters, without spaces.")
     return key
 
 
-def _json_object() -> dict[str, Any]:
-    if "HTTP_TRANSFER_ENCODING" in request.environ:
+def _json_object(http: Request) -> dict[str, Any]:
+    if "HTTP_TRANSFER_ENCODING" in http.environ:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
-    announced = request.content_length or 0  # bytes
+    announced = http.content_length or 0  # bytes
     if announced > MAX_BODY_BYTES:
         abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
     body = b""
     with suppress(OSError):  # the client is gone
-        body = request.get_data()
+        body = http.get_data()
     if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
         abort(400, "The body ended before its Content-Length - send all of it.")
     if not body:
         return {}
-    if request.mimetype != "application/json":
+    if http.mimetype != "application/json":
         abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
     try:
         text = body.decode()
