@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 from flask import Flask, Request, Response, abort, current_app, request
@@ -29,6 +29,8 @@ import db
 
 if TYPE_CHECKING:
     from backends.postgres import PostgresStore
+
+T = TypeVar("T")
 
 VERSION = "1.0.0"
 FOLDER = Path(__file__).parent
@@ -96,7 +98,7 @@ def describe() -> ResponseReturnValue:
 
 def buy_ticket() -> ResponseReturnValue:
     """Purchase a ticket"""
-    http = _request()
+    http = _object(request)
     purchase = _store().buy(_customer_id(http), _idempotency_key(http))
     body = {
         "success": True,
@@ -116,7 +118,7 @@ def reset() -> ResponseReturnValue:
     """For testing only: forget all purchases, refill the stock"""
     if not current_app.config["ALLOW_RESET"]:
         abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
-    stock = _json_object(_request()).get("stock", current_app.config["INITIAL_STOCK"])
+    stock = _json_object(_object(request)).get("stock", current_app.config["INITIAL_STOCK"])
     if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
         abort(400, f'stock has to be a whole number, 0 to {MAX_STOCK} - send {{"stock": 100}} or no body.')
     _store().reset(stock)
@@ -238,9 +240,9 @@ ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
 DOCS_CONFIG = {"app_name": "Flash Sale", "oauth2RedirectUrl": "", "validatorUrl": None}
 
 
-def _request() -> Request:
-    """The request itself: each look at it through Flask's proxy costs as much as the question for stock."""
-    return request._get_current_object()  # type: ignore[attr-defined, no-any-return]
+def _object(proxy: T) -> T:
+    """What a proxy of Flask's stands for: each look through it costs as much as the question for stock."""
+    return proxy._get_current_object()  # type: ignore[attr-defined, no-any-return]
 
 
 def _customer_id(http: Request) -> str:
@@ -299,7 +301,7 @@ JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _store() -> "db.SQLiteStore | PostgresStore":
-    store: db.SQLiteStore | PostgresStore = current_app.extensions["store"]
+    store: db.SQLiteStore | PostgresStore = _object(current_app).extensions["store"]
     return store
 
 
