@@ -260,19 +260,27 @@ def _idempotency_key(http: Request) -> str | None:
 
 
 def _json_object(http: Request) -> dict[str, Any]:
-    if "HTTP_TRANSFER_ENCODING" in http.environ:
+    """The body. Its headers are read from the environment: that spares more than asking for stock costs."""
+    environ = http.environ
+    if "HTTP_TRANSFER_ENCODING" in environ:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
-    announced = http.content_length or 0  # bytes
+    try:
+        announced = int(environ.get("CONTENT_LENGTH") or 0)  # bytes
+    except ValueError:
+        announced = -1
+    if announced < 0:
+        abort(400, "Content-Length has to be a whole number of bytes.")
     if announced > MAX_BODY_BYTES:
         abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
-    body = b""
-    with suppress(OSError):  # the client is gone
+    try:
         body = http.get_data()
+    except OSError:  # the client is gone
+        body = b""
     if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
         abort(400, "The body ended before its Content-Length - send all of it.")
     if not body:
         return {}
-    if http.mimetype != "application/json":
+    if environ.get("CONTENT_TYPE") != "application/json" and http.mimetype != "application/json":
         abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
     try:
         text = body.decode()

@@ -11,7 +11,7 @@ import os
 import random
 import sqlite3
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -139,7 +139,8 @@ class SQLiteStore:
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
-        self._idle: dict[int, deque[_Reader]] = {}  # by process: a fork must not share them
+        # By process: a fork must not share them.
+        self._idle: defaultdict[int, deque[_Reader]] = defaultdict(deque)
         self._wal_is_whole = True
 
     def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
@@ -275,7 +276,7 @@ class SQLiteStore:
 
     def _reader(self) -> "_Reader":
         """This process's standing connection, or one more while another thread uses it."""
-        idle = self._idle.setdefault(os.getpid(), deque())
+        idle = self._idle[os.getpid()]
         while True:
             try:
                 reader = idle.pop()
@@ -346,7 +347,7 @@ class _Reader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or not isinstance(error, sqlite3.Error | OSError):
+        if not isinstance(error, (sqlite3.Error, OSError)):
             self.idle.append(self)
             return
         self.close()  # it may be what is broken: the next call opens another

@@ -193,3 +193,11 @@ def test_bad_input_is_told_so_after_the_sell_out_too(client: Client, rows: Rows)
     client.post("/reset", json={"stock": 0})
     assert client.post("/buy_ticket", data=b"{", content_type=JSON).status_code == 400
     assert rows() == (0, [])
+
+
+@pytest.mark.parametrize("length", ["abc", "1.5", "0x2", "-1", "9" * 5_000])
+def test_a_content_length_that_is_no_number_is_refused(client: Client, rows: Rows, length: str) -> None:
+    answer = client.post("/buy_ticket", environ_overrides={"CONTENT_LENGTH": length})
+    assert answer.status_code == 400
+    assert answer.json["message"] == "Content-Length has to be a whole number of bytes."
+    assert rows() == (5, [])
