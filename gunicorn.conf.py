@@ -66,7 +66,7 @@ def post_worker_init(worker: Any) -> None:
 
 def stop(server: Any) -> NoReturn:
     """Let nobody else queue, unless another master goes on listening; who queues already is answered."""
-    if not (server.reexec_pid or server.systemd):
+    if not (server.reexec_pid or server.master_pid or server.systemd):
         server.stopping[0] = True
         rows = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in DROP_SYN))
         program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(rows))

@@ -1,9 +1,11 @@
 """SIGTERM and SIGHUP in the middle of a rush: who has sent a request gets its answer."""
 
+import os
 import re
 import signal
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -145,6 +147,20 @@ def replace_workers(service: Service) -> None:
     service.process.send_signal(signal.SIGHUP)
     wait_until(lambda: len(set(service.workers()) - old) == 2, 20, "no new workers")
     wait_until(lambda: not old & set(service.workers()), 20, "the old workers stay")
+
+
+def test_an_upgrade_that_is_taken_back_leaves_the_old_master_selling(tmp_path: Path) -> None:
+    script = str(Path(sys.executable).with_name("gunicorn"))  # `python -m gunicorn` can't start itself again
+    with Service(tmp_path, script, "app:app", INITIAL_STOCK="10", WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+        old = set(service.workers())
+        service.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
+        (new_master,) = set(service.workers()) - old
+        os.kill(new_master, signal.SIGTERM)
+        wait_until(lambda: new_master not in service.workers(), 40, "the new master stays")
+        assert service.buy().status_code == 200
+        assert service.stop(signal.SIGTERM) == 0
 
 
 def test_a_stop_ends_while_newcomers_keep_coming(tmp_path: Path) -> None:
