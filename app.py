@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import click
 from flask import Flask, Request, Response, abort, current_app, request
@@ -27,11 +27,6 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler, make_server
 
 import db
 
-if TYPE_CHECKING:
-    from backends.postgres import PostgresStore
-
-T = TypeVar("T")
-
 VERSION = "1.0.0"
 FOLDER = Path(__file__).parent
 
@@ -39,43 +34,9 @@ MAX_BODY_BYTES = 16 * 1024
 MAX_DISCARD_BYTES = 8 * 1024 * 1024  # of a refused body, read so that its sender gets to see the answer
 MAX_STOCK = 1_000_000_000
 MAX_NESTING = 100
-STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"[][{}]")
+STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?'), re.compile(r"[][{}]")
 CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-
-# The configuration: defaults, and the lowest and highest value that make sense. See .env.example.
-TEXTS = {
-    "DATABASE_URL": "sqlite:///inventory.db",
-    "ITEM_NAME": "Item A - Concert Ticket",
-    "HOST": "127.0.0.1",
-}
-NUMBERS = {
-    "INITIAL_STOCK": (100, 0, MAX_STOCK),
-    "LOCK_TIMEOUT": (5.0, 0, 3600),
-    "ALLOW_RESET": (0, 0, 1),
-    "PORT": (8000, 1, 65535),
-    "WEB_CONCURRENCY": (min(max(2, os.cpu_count() or 1), 8), 1, 256),
-}
-BANNER = """\
-============================================================
-FLASH SALE INVENTORY SERVICE
-============================================================
-Item:                {now.item_name}
-Initial stock:       {now.initial_stock} units, {now.current_stock} left
-Concurrency control: {store.concurrency_model}
-Lock timeout:        {LOCK_TIMEOUT:g} s
-URL:                 http://{address}
-============================================================"""
-
-# No answer may be stored (a 410 is cacheable by default: RFC 9110, 15.5.11) or taken for another type.
-PROTECTION = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-HINTS = {
-    404: "There is nothing at this path - GET / lists the endpoints.",
-    405: "This path takes other methods - the header Allow lists them, GET / what they do.",
-    500: "Something failed here - if it was a purchase, repeat it with the same Idempotency-Key.",
-}
-
-COMPACT = json.JSONEncoder(separators=(",", ":"))
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +59,7 @@ def describe() -> ResponseReturnValue:
 
 def buy_ticket() -> ResponseReturnValue:
     """Purchase a ticket"""
-    http = _object(request)
+    http = _request()
     purchase = _store().buy(_customer_id(http), _idempotency_key(http))
     body = {
         "success": True,
@@ -118,7 +79,7 @@ def reset() -> ResponseReturnValue:
     """For testing only: forget all purchases, refill the stock"""
     if not current_app.config["ALLOW_RESET"]:
         abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
-    stock = _json_object(_object(request)).get("stock", current_app.config["INITIAL_STOCK"])
+    stock = _json_object(_request()).get("stock", current_app.config["INITIAL_STOCK"])
     if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
         abort(400, f'stock has to be a whole number, 0 to {MAX_STOCK} - send {{"stock": 100}} or no body.')
     _store().reset(stock)
@@ -162,87 +123,13 @@ def docs() -> ResponseReturnValue:
     return cast(ResponseReturnValue, current_app.view_functions["swagger_ui.show"]())
 
 
-def protect(wsgi_app: Any) -> Any:
-    """Add PROTECTION to every answer, around Flask: cheaper than after_request, and nothing gets past it."""
-    return lambda environ, start_response: wsgi_app(
-        environ, lambda status, headers, *error: start_response(status, headers + PROTECTION, *error)
-    )
+def _store() -> "db.Store":
+    return current_app._get_current_object().extensions["store"]  # type: ignore[attr-defined, no-any-return]
 
 
-def refuse(error: db.StoreError) -> Response:
-    if not isinstance(error, db.SoldOut | db.KeyReused):
-        log.error("%s %s: %s: %s", request.method, request.path, type(error).__name__, error)
-    return REFUSALS[type(error)]
-
-
-def refuse_request(error: HTTPException) -> ResponseReturnValue:
-    """Werkzeug's answer with its status and headers, as JSON.
-
-    What is left of the body is read first: closing a connection on unread bytes resets it, and the
-    client would lose the answer.
-    """
-    with suppress(Exception):  # a bad chunk, or the client is gone: there is nothing more to read
-        for _ in range(MAX_DISCARD_BYTES // 65536):
-            if not request.stream.read(65536):
-                break
-    response = error.get_response()
-    message = HINTS.get(response.status_code, error.description)
-    response.set_data(COMPACT.encode({"success": False, "message": message}) + "\n")
-    response.content_type = "application/json"
-    return cast(Response, response)
-
-
-def init_db_command() -> None:
-    """Create the database, if it isn't there."""
-    now = _store().inventory()
-    click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
-
-
-def audit_command() -> None:
-    """Count the purchases; exit status 1 if they don't add up."""
-    counted = _store().audit()
-    click.echo(json.dumps(counted._asdict() | {"consistent": counted.consistent}))
-    sys.exit(not counted.consistent)
-
-
-def _json(body: dict[str, Any], status: int, headers: dict[str, str] | None = None) -> Response:
-    """As Flask answers with a dict, for less: where the time counts."""
-    return Response(COMPACT.encode(body) + "\n", status, headers, content_type="application/json")
-
-
-def _refusal(error: type[db.StoreError], status: int, **members: Any) -> Response:
-    body = {"success": False, "message": error.__doc__, **members}
-    return _json(body, status, {"Retry-After": "1"} if status == 503 else None)
-
-
-# What a refusal of the store means in HTTP, made once as it is always the same (sending doesn't change it).
-# 410 and 503: RFC 9110, 15.5.11 and 15.6.4; 422: the IETF draft on the Idempotency-Key header, 2.7.
-REFUSALS: dict[type[db.StoreError], Response] = {
-    db.SoldOut: _refusal(db.SoldOut, 410, remaining_stock=0),
-    db.Busy: _refusal(db.Busy, 503),
-    db.KeyReused: _refusal(db.KeyReused, 422),
-    db.Unavailable: _refusal(db.Unavailable, 503),
-    db.OutcomeUnknown: _refusal(db.OutcomeUnknown, 500),
-}
-
-ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
-    "GET /": describe,
-    "POST /buy_ticket": buy_ticket,
-    "GET /inventory": inventory,
-    "POST /reset": reset,
-    "GET /health": health,
-    "GET /audit": audit,
-    "GET /metrics": metrics,
-    "GET /openapi.json": openapi,
-    "GET /docs": docs,
-}
-# Without the last two the page would hold the request's Host, and ask another host to validate.
-DOCS_CONFIG = {"app_name": "Flash Sale", "oauth2RedirectUrl": "", "validatorUrl": None}
-
-
-def _object(proxy: T) -> T:
-    """What a proxy of Flask's stands for: each look through it costs as much as the question for stock."""
-    return proxy._get_current_object()  # type: ignore[attr-defined, no-any-return]
+def _request() -> Request:
+    """Without Flask's proxy: each attribute through one costs as much as a SELECT of the stock (NOTES)."""
+    return request._get_current_object()  # type: ignore[attr-defined, no-any-return]
 
 
 def _customer_id(http: Request) -> str:
@@ -285,7 +172,7 @@ def _json_object(http: Request) -> dict[str, Any]:
     try:
         text = body.decode()
         _refuse_deep_nesting(text)
-        value = JSON.decode(text)
+        value = DECODER.decode(text)
     except ValueError:  # not UTF-8, not JSON, NaN, a 5,000-digit number, nested too deep
         abort(400, 'The body is not valid JSON in UTF-8 - send an object such as {"customer_id": "c1"}.')
     if not isinstance(value, dict):
@@ -305,12 +192,101 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _store() -> "db.SQLiteStore | PostgresStore":
-    store: db.SQLiteStore | PostgresStore = _object(current_app).extensions["store"]
-    return store
+ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+# No answer may be stored (a 410 is cacheable by default: RFC 9110, 15.5.11) or taken for another type.
+PROTECTION = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+HINTS = {
+    404: "There is nothing at this path - GET / lists the endpoints.",
+    405: "This path takes other methods - the header Allow lists them, GET / what they do.",
+    500: "Something failed here - if it was a purchase, repeat it with the same Idempotency-Key.",
+}
+
+
+def _json(body: dict[str, Any], status: int, headers: dict[str, str] | None = None) -> Response:
+    """As Flask answers with a dict, for less: where the time counts."""
+    return Response(ENCODER.encode(body) + "\n", status, headers, content_type="application/json")
+
+
+def _refusal(error: type[db.StoreError], status: int) -> Response:
+    body = {"success": False, "message": error.__doc__} | ({"remaining_stock": 0} if status == 410 else {})
+    return _json(body, status, {"Retry-After": "1"} if status == 503 else None)
+
+
+# What a refusal of the store means in HTTP.
+# 410 and 503: RFC 9110, 15.5.11 and 15.6.4; 422: the IETF draft on the Idempotency-Key header, 2.7.
+STATUSES = {db.SoldOut: 410, db.Busy: 503, db.KeyReused: 422, db.Unavailable: 503, db.OutcomeUnknown: 500}
+# Made once, as each is always the same: sending doesn't change it.
+REFUSALS = {error: _refusal(error, status) for error, status in STATUSES.items()}
+
+
+def refuse(error: db.StoreError) -> Response:
+    if not isinstance(error, db.SoldOut | db.KeyReused):
+        log.error("%s %s: %s: %s", request.method, request.path, type(error).__name__, error)
+    return REFUSALS[type(error)]
+
+
+def refuse_request(error: HTTPException) -> ResponseReturnValue:
+    """Werkzeug's answer with its status and headers, as JSON.
+
+    What is left of the body is read first: closing a connection on unread bytes resets it, and the
+    client would lose the answer.
+    """
+    with suppress(Exception):  # a bad chunk, or the client is gone: there is nothing more to read
+        for _ in range(MAX_DISCARD_BYTES // 65536):
+            if not request.stream.read(65536):
+                break
+    response = error.get_response()
+    message = HINTS.get(response.status_code, error.description)
+    response.set_data(ENCODER.encode({"success": False, "message": message}) + "\n")
+    response.content_type = "application/json"
+    return cast(Response, response)
+
+
+def protect(wsgi_app: Any) -> Any:
+    """Add PROTECTION to every answer, around Flask: cheaper than after_request, and nothing gets past it."""
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Any:
+        environ["PATH_INFO"] = environ.get("PATH_INFO") or "/"  # of http://host: RFC 9110, 4.2.3
+        return wsgi_app(
+            environ, lambda status, headers, *error: start_response(status, headers + PROTECTION, *error)
+        )
+
+    return serve
+
+
+ROUTES: dict[str, Callable[[], ResponseReturnValue]] = {
+    "GET /": describe,
+    "POST /buy_ticket": buy_ticket,
+    "GET /inventory": inventory,
+    "POST /reset": reset,
+    "GET /health": health,
+    "GET /audit": audit,
+    "GET /metrics": metrics,
+    "GET /openapi.json": openapi,
+    "GET /docs": docs,
+}
+# Without the last two the page would hold the request's Host, and ask another host to validate.
+DOCS_CONFIG = {"app_name": "Flash Sale", "oauth2RedirectUrl": "", "validatorUrl": None}
+
+
+# The configuration: defaults, and the lowest and highest value that make sense. See .env.example.
+TEXTS = {
+    "DATABASE_URL": "sqlite:///inventory.db",
+    "ITEM_NAME": "Item A - Concert Ticket",
+    "HOST": "127.0.0.1",
+}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+NUMBERS = {
+    "INITIAL_STOCK": (100, 0, MAX_STOCK),
+    "LOCK_TIMEOUT": (5.0, 0, 3600),
+    "ALLOW_RESET": (0, 0, 1),
+    "PORT": (8000, 1, 65535),
+    "WEB_CONCURRENCY": (min(max(2, os.cpu_count() or 1), 8), 1, 256),
+}
 
 
 class ConfigError(ValueError):
@@ -321,6 +297,9 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration from environment variables; an empty one counts as unset. Raises ConfigError."""
     given = {name: value for name, value in values.items() if value not in (None, "")}
     config: dict[str, Any] = {name: str(given.get(name, default)) for name, default in TEXTS.items()}
+    for name in TEXTS:
+        if any("\ud800" <= character <= "\udfff" for character in config[name]):
+            raise ConfigError(f"{name} has to be text in UTF-8, not {config[name]!a}")
     for name, (default, lowest, highest) in NUMBERS.items():
         value = given.get(name, default)
         try:
@@ -371,9 +350,35 @@ def start() -> Flask:
         sys.exit(4)  # gunicorn's "the app can't be loaded": it doesn't try again
 
 
+def init_db_command() -> None:
+    """Create the database, if it isn't there."""
+    now = _store().inventory()
+    click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
+
+
+def audit_command() -> None:
+    """Count the purchases; exit status 1 if they don't add up."""
+    counted = _store().audit()
+    click.echo(json.dumps(counted._asdict() | {"consistent": counted.consistent}))
+    sys.exit(not counted.consistent)
+
+
+BANNER = """\
+============================================================
+FLASH SALE INVENTORY SERVICE
+============================================================
+Item:                {now.item_name}
+Initial stock:       {now.initial_stock} units, {now.current_stock} left
+Concurrency control: {store.concurrency_model}
+Lock timeout:        {LOCK_TIMEOUT:g} s
+URL:                 http://{address}
+============================================================"""
+
+
 def serve_locally() -> None:
     """`python app.py`: a banner, then gunicorn, or Flask's own threaded server where that doesn't run."""
-    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "1"
+    if (os.environ.get("HOST") or TEXTS["HOST"]) in LOOPBACK:
+        os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "1"
     app = start()
     host, port = app.config["HOST"], app.config["PORT"]
     _require_free_port(host, port)
@@ -402,13 +407,11 @@ class RequestHandler(WSGIRequestHandler):
 
 
 def _require_free_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            print(f"Cannot start: {host} port {port}: {error.strerror} - set HOST or PORT", file=sys.stderr)
-            sys.exit(1)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        print(f"Cannot start: {error.strerror} - set HOST or PORT", file=sys.stderr)
+        sys.exit(1)
 
 
 with suppress(ImportError):  # a .env file is read where python-dotenv is installed

@@ -15,10 +15,12 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from backends.postgres import PostgresStore
+
+    Store: TypeAlias = "SQLiteStore | PostgresStore"
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
@@ -29,7 +31,8 @@ RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
-HEALTH_LOCK_TIMEOUT_S = 1.0
+HEALTH_LOCK_TIMEOUT_S = 1.0  # whoever asks soon gives up; our own sales hold the lock for milliseconds
+READ_PATIENCE_S = 5.0  # a plain SELECT meets a lock too, while another process recovers the WAL after a crash
 REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
 # Where the platform has fdatasync, COMMIT doesn't flush: _flush does, after the lock is free.
@@ -108,9 +111,7 @@ class Audit(NamedTuple):
         return self.current_stock + self.purchase_records == self.initial_stock
 
 
-def open_store(
-    url: str, item_name: str, initial_stock: int, lock_timeout_s: float
-) -> "SQLiteStore | PostgresStore":
+def open_store(url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> "Store":
     """The store that `url` names; nothing is opened yet.
 
     `item_name` and `initial_stock` (units) are used when the database is created, `lock_timeout_s`
@@ -202,10 +203,11 @@ class SQLiteStore:
         with _faults(self.path):
             self._require_writable()
             with closing(self._connect()) as connection:
-                if not _is_ours(connection):
-                    mode = _when_free(connection, "PRAGMA journal_mode = WAL", self.lock_timeout_s)
-                    if mode.fetchone() != ("wal",):
-                        raise Unavailable(f"{self.path}: this file system can't hold a WAL database")
+                is_ours = _is_ours(connection)
+                mode = _when_free(connection, self.lock_timeout_s, "PRAGMA journal_mode = WAL")
+                if mode.fetchone() != ("wal",):
+                    raise Unavailable(f"{self.path}: this file system can't hold a WAL database")
+                if not is_ours:
                     self._create_tables()
                 if connection.execute(FIND_STOCK).fetchone() is None:
                     raise Unavailable(f"{self.path}: the inventory table is empty")
@@ -224,8 +226,8 @@ class SQLiteStore:
     def _create_tables(self) -> None:
         with self._transaction() as connection:
             if not _is_ours(connection):  # else another process was first
-                for statement in _statements(SCHEMA.read_text(encoding="utf-8")):
-                    connection.execute(statement)
+                for statement in SCHEMA.read_text(encoding="utf-8").split(";\n"):
+                    connection.execute(statement)  # one by one: executescript() would commit before the first
                 connection.execute(
                     "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (1, ?, ?, ?)",
                     (self.item_name, self.initial_stock, self.initial_stock),
@@ -241,20 +243,19 @@ class SQLiteStore:
             if not os.access(place, os.W_OK):
                 raise Unavailable(f"{place} is read-only")
 
-    def _connect(self, mode: str = "rw", patience_s: float | None = None) -> sqlite3.Connection:
-        """A connection that has read nothing yet: its first statement may meet a lock.
-
-        `patience_s` is how long SQLite itself then waits, by default the lock timeout.
-        """
+    def _connect(self, mode: str = "rw", patience_s: float = READ_PATIENCE_S) -> sqlite3.Connection:
+        """A connection that has read nothing yet. Where a statement meets a lock it waits `patience_s`."""
         connection = sqlite3.connect(
             f"{self.uri}?mode={mode}",
             uri=True,
-            timeout=self.lock_timeout_s if patience_s is None else patience_s,
+            timeout=patience_s,
             isolation_level=None,
             check_same_thread=False,
         )
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+        if not FLUSH_AFTER_LOCK:
+            connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
     @contextmanager
@@ -263,8 +264,7 @@ class SQLiteStore:
         timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
         connection = self._connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
         try:
-            _when_free(connection, SET_SYNCHRONOUS, timeout_s)
-            _when_free(connection, "BEGIN IMMEDIATE", timeout_s)
+            _when_free(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
             yield connection
             _commit(connection)
         except BaseException:
@@ -347,12 +347,11 @@ class _Reader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, (sqlite3.Error, OSError)):
-            self.idle.append(self)
-            return
-        self.close()  # it may be what is broken: the next call opens another
-        with _faults(self.path):
-            raise error
+        if isinstance(error, (sqlite3.Error, OSError)):
+            self.close()  # it may be what is broken: the next call opens another
+            with _faults(self.path):
+                raise error
+        self.idle.append(self)
 
     def is_current(self) -> bool:
         """False if the database file was replaced; looked at once in REPLACED_CHECK_S."""
@@ -401,17 +400,19 @@ def _sell(connection: sqlite3.Connection, customer_id: str, idempotency_key: str
     return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
 
 
-def _when_free(connection: sqlite3.Connection, statement: str, lock_timeout_s: float) -> sqlite3.Cursor:
-    """Execute a statement that begins by taking a lock, and again while another has it, or raise Busy.
+def _when_free(connection: sqlite3.Connection, lock_timeout_s: float, *statements: str) -> sqlite3.Cursor:
+    """Execute statements, the last of which takes a lock, and again while another has it, or raise Busy.
 
-    The sleeps are short, random and bounded: nobody is starved, and nobody sleeps while the lock is free
-    for long.
+    The sleeps are short, random and bounded: newcomers have no advantage, and nobody sleeps while the lock
+    is free for long.
     """
     started = time.monotonic()
     sleep_max_s = RETRY_SLEEP_MIN_S
     while True:
         try:
-            return connection.execute(statement)
+            for statement in statements:
+                cursor = connection.execute(statement)
+            return cursor
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the low byte: without SQLite's details
                 raise
@@ -445,16 +446,6 @@ def _is_ours(connection: sqlite3.Connection) -> bool:
     if version != SCHEMA_VERSION:
         raise Unavailable(f"its schema has version {version}, this program needs {SCHEMA_VERSION}")
     return True
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script one by one: executescript() would commit before the first."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def _file_id(path: Path | str) -> tuple[int, int]:

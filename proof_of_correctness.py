@@ -639,6 +639,10 @@ def verify(histories: Sequence[History], violations: Sequence[Violation]) -> lis
 # ---- The sellers: a server of our own, and the negative control --------------------------------------------
 
 
+def is_postgresql() -> bool:
+    return os.environ.get("DATABASE_URL", "").startswith(("postgresql:", "postgres:"))
+
+
 @contextmanager
 def own_server() -> Iterator[tuple[str, int]]:
     """`python app.py` on a free port, ended whatever happens. Its URL and process id.
@@ -649,7 +653,7 @@ def own_server() -> Iterator[tuple[str, int]]:
         with socket.create_server(LOCAL) as probe:
             port = str(probe.getsockname()[1])
         settings = {"HOST": "127.0.0.1", "PORT": port, "WEB_CONCURRENCY": "4", "ALLOW_RESET": "1"}
-        if not os.environ.get("DATABASE_URL", "").startswith(("postgresql:", "postgres:")):
+        if not is_postgresql():
             settings["DATABASE_URL"] = f"sqlite:///{Path(folder, 'inventory.db').as_posix()}"
         log = Path(folder, "server.log")
         command = [sys.executable, str(Path(__file__).with_name("app.py"))]
@@ -985,6 +989,8 @@ def prove(options: argparse.Namespace, results: list[Result]) -> None:
         except NoAnswer:
             url, server_pid = undo.enter_context(own_server())
             print(f"Nobody answers at {api.url}: judging a server of our own at {url}")
+            if is_postgresql():
+                print("on the PostgreSQL database that DATABASE_URL names: its purchases will be deleted")
             api = Api(url)
         for result in run_tests(api, options, server_pid):
             results.append(result)

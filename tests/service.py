@@ -19,6 +19,7 @@ import requests
 PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 20.0
+RUN_LIMIT_S = 240.0
 
 
 class Answer(NamedTuple):
@@ -73,7 +74,7 @@ def run_to_end(command: Sequence[str], **variables: str) -> subprocess.Completed
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=RUN_LIMIT_S,
         check=False,
     )
 
@@ -83,7 +84,7 @@ class Service:
 
     def __init__(self, folder: Path, *command: str, cwd: str | Path = PROJECT, **variables: str) -> None:
         self.port = int(variables.get("PORT", 0)) or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{variables.get('HOST', '127.0.0.1')}:{self.port}"
         self.log_file = folder / f"service-{self.port}.log"
         defaults = {
             "DATABASE_URL": f"sqlite:///{folder / 'inventory.db'}",

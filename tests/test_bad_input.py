@@ -1,6 +1,7 @@
 """What a request may be: everything else gets a 4xx that says what to send, and nothing is stored."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,15 @@ def test_what_is_ignored_may_be_long_and_nested_up_to_100_deep(
     body = f'{{"customer_id": "{"[" * 128}", "ignored": {ignored}}}'
     assert client.post("/buy_ticket", data=body, content_type=JSON).status_code == 200
     assert rows() == (4, [("[" * 128, None, 4)])
+
+
+def test_no_body_keeps_a_worker_busy(client: Client, rows: Rows) -> None:
+    """A string that never ends: looked for from each of its quotes, it took a second."""
+    started = time.process_time()
+    answer = client.post("/buy_ticket", data="[" * 101 + '\\"' * 8_000, content_type=JSON)
+    assert answer.status_code == 400
+    assert time.process_time() - started < 0.2
+    assert rows() == (5, [])
 
 
 def test_of_duplicate_members_the_last_one_counts(client: Client, rows: Rows) -> None:

@@ -64,6 +64,8 @@ IMPOSSIBLE = [
     ("PORT", "65536"),
     ("PORT", "http"),
     ("WEB_CONCURRENCY", "0"),
+    ("ITEM_NAME", "Zo\udceb's show"),
+    ("HOST", "\udcff"),
     ("DATABASE_URL", "mysql://localhost/shop"),
     ("DATABASE_URL", "inventory.db"),
     ("DATABASE_URL", "sqlite:///:memory:"),

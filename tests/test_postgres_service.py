@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from postgres_cluster import PASSWORD, Cluster, reason_to_skip
-from service import PROJECT, Service, purchase_request, send_at_once
+from service import PROJECT, Service, free_port, purchase_request, run_to_end, send_at_once
 
 import db
 
@@ -68,6 +68,15 @@ def test_a_thousand_buyers_buy_each_of_100_tickets_once(service: Service) -> Non
         "purchase_records": 100,
         "consistent": True,
     }
+
+
+def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
+    command = (sys.executable, "proof_of_correctness.py", "--url", f"http://127.0.0.1:{free_port()}")
+    done = run_to_end(command, DATABASE_URL=url)
+    assert done.returncode == 0, done.stdout
+    assert "PROVEN: every unit was sold exactly once (seed" in done.stdout  # and no test was skipped
+    assert "DATABASE_URL names: its purchases will be deleted" in done.stdout
+    assert PASSWORD not in done.stdout + done.stderr
 
 
 def test_every_route_answers_as_on_sqlite_and_tells_no_secret(service: Service) -> None:

@@ -107,7 +107,7 @@ REFUSED = {
     "target * for POST": (message(b"POST * HTTP/1.1"), 400),
     "target * for OPTIONS": (message(b"OPTIONS * HTTP/1.1"), 404),
     "CONNECT": (message(b"CONNECT test:80 HTTP/1.1"), 404),
-    "absolute target without a path": (message(b"POST http://test HTTP/1.1"), 404),
+    "absolute target without a path": (message(b"POST http://test HTTP/1.1"), 405),
     "encoded NUL in the path": (message(b"POST /buy_ticket%00 HTTP/1.1"), 404),
     "encoded slash in the path": (message(b"POST %2fbuy_ticket HTTP/1.1"), 400),
     "path of 4,000 bytes": (message(b"POST /" + b"a" * 4_000 + b" HTTP/1.1"), 404),
@@ -181,6 +181,11 @@ def test_what_is_not_acceptable_is_refused_in_json(service: Service, raw: bytes,
     assert answer.json["message"]
     assert_log_is_short(service, log)
     assert_still_sells(service, before)
+
+
+def test_an_absolute_target_without_a_path_is_the_root(service: Service) -> None:
+    answer = parse(exchange(service.port, message(b"GET http://test HTTP/1.1", body=b"", length=b"")))
+    assert (answer.status, answer.json["service"]) == (200, "Flash Sale Inventory Service")
 
 
 def test_what_gunicorn_refuses_is_given_the_reason_of_its_status(service: Service) -> None:

@@ -302,6 +302,35 @@ def test_a_half_created_database_is_completed(open_store: OpenStore, database: P
     assert open_store(stock=7).inventory()[2:5] == (7, 7, 0)
 
 
+def test_a_copy_that_lost_its_wal_mode_gets_it_again(
+    open_store: OpenStore, database: Path, tmp_path: Path
+) -> None:
+    open_store(stock=5).buy("alice")
+    execute(database, f"VACUUM INTO '{tmp_path}/copy.db'")
+    store = db.open_store(f"sqlite:///{tmp_path}/copy.db", "Concert", 5, 5.0)
+    store.create()
+    assert store.buy("bob").remaining_stock == 3
+    store.close()
+
+
+def test_a_reading_waits_a_little_for_a_lock_whatever_the_lock_timeout(
+    open_store: OpenStore, database: Path
+) -> None:
+    store = open_store(stock=5, lock_timeout_s=0)
+    with closing(sqlite3.connect(database, isolation_level=None, check_same_thread=False)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")  # as a recovery does for a moment
+        holder.execute("UPDATE inventory SET stock = 4")
+        with (
+            closing(sqlite3.connect(database, timeout=0)) as impatient,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            impatient.execute("SELECT stock FROM inventory")
+        release = threading.Timer(0.3, holder.close)
+        release.start()
+        assert store.inventory().current_stock == 4
+        release.join()
+
+
 def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
     path = tmp_path / "50% off?#1 &mode=memory.db"
     store = db.open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
