@@ -31,7 +31,6 @@ RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
-HEALTH_LOCK_TIMEOUT_S = 1.0  # whoever asks soon gives up; our own sales hold the lock for milliseconds
 READ_PATIENCE_S = 5.0  # a plain SELECT meets a lock too, while another process recovers the WAL after a crash
 REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
 
@@ -186,7 +185,7 @@ class SQLiteStore:
         """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
         try:
             with self._reader() as reader:
-                with self._transaction(min(self.lock_timeout_s, HEALTH_LOCK_TIMEOUT_S)) as connection:
+                with self._transaction() as connection:
                     connection.execute(FIND_INVENTORY).fetchone()
                     # As it is, but written: an UPDATE that changes nothing isn't.
                     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -259,12 +258,11 @@ class SQLiteStore:
         return connection
 
     @contextmanager
-    def _transaction(self, lock_timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own."""
-        timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
         connection = self._connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
         try:
-            _when_free(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            _when_free(connection, self.lock_timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
             yield connection
             _commit(connection)
         except BaseException:

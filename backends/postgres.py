@@ -60,7 +60,6 @@ SCHEMA_MARK = "flash sale inventory, schema 1"  # the comment on the table inven
 KEY_INDEX = "purchases_by_idempotency_key"
 CREATE_LOCK = 0x464C5348
 
-HEALTH_TIMEOUT_S = 1.0
 RETRY_SLEEP_MAX_S = 0.01
 
 CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
@@ -102,10 +101,10 @@ class PostgresStore:
             self._first_statement = statement = SELL
 
     def inventory(self) -> db.Inventory:
-        return db.Inventory(*self._read(FIND_INVENTORY, self.lock_timeout_s))
+        return db.Inventory(*self._read(FIND_INVENTORY))
 
     def audit(self) -> db.Audit:
-        return db.Audit(*self._read(COUNT_PURCHASES, self.lock_timeout_s))
+        return db.Audit(*self._read(COUNT_PURCHASES))
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
@@ -113,7 +112,7 @@ class PostgresStore:
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a standby can still be read. Raises Busy."""
-        self._read(TOUCH, min(self.lock_timeout_s, HEALTH_TIMEOUT_S))
+        self._read(TOUCH)
 
     def create(self) -> None:
         """Make the tables and the first stock, if they aren't there.
@@ -143,10 +142,10 @@ class PostgresStore:
                 connection.execute(SCHEMA.read_bytes())
                 connection.execute(FIRST_STOCK, (self.item_name, self.initial_stock, self.initial_stock))
 
-    def _read(self, statement: str, patience_s: float) -> Row:
+    def _read(self, statement: str) -> Row:
         """As `_ask`, for a statement that sells nothing."""
         try:
-            return self._ask(statement, (), time.monotonic() + patience_s, repeatable=True)
+            return self._ask(statement, (), time.monotonic() + self.lock_timeout_s, repeatable=True)
         except db.OutcomeUnknown as error:
             raise db.Unavailable(str(error)) from error
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -157,7 +157,7 @@ class Buyers:
         self._jobs: list[Future[None]] = []
 
     def __enter__(self) -> Self:
-        Api(self.urls[0]).reset(self.stock)
+        wait_until(self._is_reset, PATIENCE_S, "POST /reset is not answered with 200")
         self._jobs = [self._pool.submit(self._shop, number) for number in range(BUYERS)]
         self._jobs.append(self._pool.submit(self._watch))
         return self
@@ -169,6 +169,12 @@ class Buyers:
         self._pool.shutdown()
         for job in self._jobs if error is None else ():
             job.result()
+
+    def _is_reset(self) -> bool:
+        with suppress(proof.CannotJudge):  # a cold pool on a slow way: 503
+            Api(self.urls[0]).reset(self.stock)
+            return True
+        return False
 
     def wait_for_sales(self, wanted: int, url: str = "") -> None:
         """Until that many more were acknowledged to buyers who asked from now on, at `url` if it is given."""
@@ -223,7 +229,7 @@ class Buyers:
         assert not acknowledged - set(stored), f"lost: {acknowledged - set(stored)}"
         assert not set(stored) - acknowledged, f"stored, and no buyer knows: {set(stored) - acknowledged}"
         assert len({customer for customer, *_ in sold}) == len(sold) == len(stored)
-        audit = Api(self.urls[0]).audit()
+        audit = wait_until(Api(self.urls[0]).audit, PATIENCE_S, "GET /audit gives no figures")
         assert audit is not None
         assert (audit.stock, audit.records) == (self.stock - len(sold), len(sold))
         violations = proof.check(self.stock, self.attempts, self.readings, audit)

@@ -72,6 +72,7 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
+            far.settimeout(None)  # an idle connection stays
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:

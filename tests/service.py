@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import requests
@@ -20,6 +21,8 @@ PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 20.0
 RUN_LIMIT_S = 240.0
+GIVEN_OUT: set[int] = set()
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -46,17 +49,23 @@ def patched(statements: str) -> tuple[str, ...]:
     return (sys.executable, "-c", f"{statements}\n{run}")
 
 
-def wait_until(condition: Callable[[], object], limit_s: float, failure: str) -> None:
+def wait_until(condition: Callable[[], T], limit_s: float, failure: str) -> T:
     deadline = time.monotonic() + limit_s
-    while not condition():
+    while not (result := condition()):
         assert time.monotonic() < deadline, failure
         time.sleep(0.01)
+    return result
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on; each is given out once."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in GIVEN_OUT:
+            GIVEN_OUT.add(port)
+            return port
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -108,7 +117,7 @@ class Service:
             try:
                 requests.get(self.url, timeout=5)
                 return self
-            except requests.ConnectionError:
+            except requests.RequestException:
                 time.sleep(0.02)
         self.__exit__(None, None, None)
         raise AssertionError(f"the service did not start:\n{self.log}")
@@ -166,8 +175,16 @@ def parse_answer(raw: bytes) -> Answer:
     return Answer(int(lines[0].split()[1]), headers, body.decode("utf-8"))
 
 
+def allow_open_files(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reason = f"the limit of open files is {hard}, {wanted} are needed (ulimit -n)"
+    need(hard == resource.RLIM_INFINITY or hard >= wanted, reason)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 def send_at_once(port: int, raw_requests: Sequence[bytes], limit_s: float = 60.0) -> list[Answer]:
     """One connection for each request, all opened before the first waits for an answer."""
+    allow_open_files(len(raw_requests) + 500)
     crowd = selectors.DefaultSelector()
     received = [bytearray() for _ in raw_requests]
     for number in range(len(raw_requests)):

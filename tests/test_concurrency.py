@@ -1,7 +1,6 @@
 """Crowds against real gunicorn workers: every unit is sold once, whatever is held or killed meanwhile."""
 
 import os
-import resource
 import signal
 import sqlite3
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from service import Answer, Service, purchase_request, send_at_once
+from service import Answer, Service, purchase_request, send_at_once, wait_until
 from test_sqlite_store import write_lock
 
 
@@ -25,7 +24,6 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 @pytest.mark.parametrize("buyers", [1_000, 10_000])
 def test_a_crowd_buys_each_of_100_tickets_once(service: Service, buyers: int) -> None:
-    allow_open_files(buyers + 500)
     answers = send_at_once(service.port, [purchase_request(f"c{number}") for number in range(buyers)])
     assert Counter(answer.text for answer in answers if answer.status == 0) == {}
     assert Counter(answer.status for answer in answers) == {200: 100, 410: buyers - 100}
@@ -34,16 +32,6 @@ def test_a_crowd_buys_each_of_100_tickets_once(service: Service, buyers: int) ->
     assert len({purchase["purchase_id"] for purchase in sold}) == 100
     assert service.get("/audit")["purchase_records"] == 100
     assert service.get("/inventory")["current_stock"] == 0
-
-
-def allow_open_files(wanted: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        reason = f"the limit of open files is {hard}, {wanted} are needed (ulimit -n)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def test_one_key_at_once_on_all_workers_sells_one_unit(service: Service) -> None:
@@ -65,20 +53,22 @@ def test_one_key_of_two_customers_at_once_sells_to_one_of_them(service: Service)
 def test_while_another_program_holds_the_lock_purchases_are_busy_and_the_rest_answers(
     tmp_path: Path,
 ) -> None:
-    with Service(tmp_path, LOCK_TIMEOUT="1", WEB_CONCURRENCY="4") as service:
+    with Service(tmp_path, LOCK_TIMEOUT="3", WEB_CONCURRENCY="4") as service:
         with write_lock(tmp_path / "inventory.db"):
             busy: list[requests.Response] = []
             started = time.monotonic()
             buyers = [threading.Thread(target=lambda: busy.append(service.buy())) for _ in range(2)]
             for buyer in buyers:
                 buyer.start()
+            answered_meanwhile = 0
             while any(buyer.is_alive() for buyer in buyers):
-                asked = time.monotonic()
                 assert service.get("/")["service"]
                 assert service.get("/inventory")["current_stock"] == 100
-                assert time.monotonic() - asked < 0.5
-            assert 1.0 <= time.monotonic() - started < 1.5
+                answered_meanwhile += all(buyer.is_alive() for buyer in buyers)
+            assert answered_meanwhile >= 3
+            assert 3.0 <= time.monotonic() - started < 5.5
             assert service.get("/audit")["purchase_records"] == 0
+        assert len(busy) == 2
         for answer in busy:
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
             assert answer.json() == {"success": False, "message": "Server busy - please retry"}
@@ -87,12 +77,13 @@ def test_while_another_program_holds_the_lock_purchases_are_busy_and_the_rest_an
 
 def test_a_lock_timeout_longer_than_gunicorns_own_does_not_cost_the_worker(tmp_path: Path) -> None:
     with Service(tmp_path, LOCK_TIMEOUT="33", WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
         workers = service.workers()
         with write_lock(tmp_path / "inventory.db"):
             started = time.monotonic()
             assert requests.post(f"{service.url}/buy_ticket", timeout=60).status_code == 503
-            assert 33 <= time.monotonic() - started < 33.5
-        assert service.workers()[:1] == workers[:1]
+            assert time.monotonic() - started >= 33
+        assert service.workers() == workers
 
 
 def test_workers_killed_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -> None:
@@ -112,7 +103,7 @@ def test_workers_killed_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -> N
                     os.kill(workers[kills % len(workers)], signal.SIGKILL)
                     kills, sold_before = kills + 1, sold
         selling.join()
-        assert kills >= 10
+        assert kills >= 5
         acknowledged = {answer.json["purchase_id"] for answer in answers if answer.status == 200}
         lost = [number for number, answer in enumerate(answers) if answer.status == 0]
         assert {answer.status for answer in answers} <= {200, 0}

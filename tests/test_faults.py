@@ -35,7 +35,7 @@ from service import (
 )
 from test_sqlite_store import write_lock
 
-KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 30.0
+KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 60.0
 GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")
 REFUSED = {
     "success": False,

@@ -28,7 +28,7 @@ CAUGHT_AS = {
     "refill": {"oversold"},
     "unstored": {"lost purchase"},
     "unacknowledged": {"phantom purchase", "one key, different answers"},  # the latter if it had a key
-    "same_level": {"duplicate level"},
+    "same_level": {"duplicate level", "oversold"},  # the latter if it hit the first unit
     "after_sell_out": {"oversold"},
     "stale": {"not linearizable"},
     "sells_again": {"one key, different answers"},
@@ -152,8 +152,8 @@ def test_an_honest_server_is_proven_with_the_figures_and_the_page_that_were_aske
 TEST_2_LOOK = (
     r"={60}\nTEST 2: OVERSELLING PREVENTION \(1000 buyers, 100 tickets\)\n={60}\n"
     r"Inventory reset to 100 units\nLaunching 1000 concurrent purchase attempts...\n"
-    + "".join(f"Progress: {n}/1000\n" for n in range(100, 1001, 100))
-    + r"RESULTS:\n  Total time: \d+\.\d\ds\n  Throughput: \d+\.\d\d requests/second\n"
+    r"(Progress: \d+00/1000\n){10}"
+    r"RESULTS:\n  Total time: \d+\.\d\ds\n  Throughput: \d+\.\d\d requests/second\n"
     r"  Successful purchases: 100\n  Sold out responses: 900\n  Server busy responses: 0\n  Errors: 0\n"
     r"  Response times: average [\d.]+ms  min [\d.]+ms  p50 [\d.]+ms  p99 [\d.]+ms  max [\d.]+ms\n"
     r"(  .*\n)*\nVERIFICATION:\n  ✓ Exactly 100 purchases succeeded\n  ✓ All 1000 requests accounted for\n"
@@ -294,7 +294,7 @@ def test_a_server_that_dies_in_mid_test_is_not_judged(folder, closed_url):
             if line.startswith("Progress: 300/1000"):
                 os.killpg(server.pid, signal.SIGKILL)
         assert judge.wait(RUN_TIMEOUT_S) == 2, "".join(lines)
-    assert "TEST 2 INCONCLUSIVE" in "".join(lines)
+    assert re.search("TEST [23] INCONCLUSIVE", "".join(lines))  # 3, if the line was read late
     assert "Traceback" not in "".join(lines)
 
 

@@ -86,6 +86,7 @@ def test_the_command_for_a_real_sale_serves(started: Service, fresh_copy: Path, 
 
 def test_every_file_that_the_readme_names_exists() -> None:
     linked = re.findall(r"\]\(([\w./-]+)\)", README)
+    assert len(linked) >= 3
     for name in linked + re.findall(r"`([\w/-]+\.(?:py|conf|sql|md))`", README):
         assert (PROJECT / name).exists(), name
 

@@ -1,6 +1,7 @@
 """Three app hosts, one database, a network between them: each may fail in the middle of a sale."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -64,7 +65,9 @@ def test_a_thousand_buyers_at_three_hosts_buy_each_of_100_tickets_once(hosts: li
     orders = proof.single_orders(1000)
     crowds = [proof.Crowd(host.url, place, orders[place::3]) for place, host in enumerate(hosts)]
     history = proof.hold_sale(proof.Api(hosts[0].url), 100, crowds)
-    assert [a.status for a in history.attempts].count(proof.SOLD_OUT) == 900
+    told = Counter(a.status for a in history.attempts)
+    assert told[proof.SOLD] == 100
+    assert set(told) <= {proof.SOLD, proof.SOLD_OUT, proof.BUSY}  # cold pools, half a second for the lock
     assert len({a.purchase_id for a in history.attempts if a.status == proof.SOLD}) == 100
     checks = proof.verify([history], proof.find_violations([history]))
     assert all(passed for passed, _ in checks), checks

@@ -59,12 +59,14 @@ class Rush:
         self.port = port
         self.over = threading.Event()
         self.outcomes: Counter[str] = Counter()
+        self.counting = threading.Lock()
         self.threads = [threading.Thread(target=self.buy) for _ in range(number)]
 
     def buy(self) -> None:
         while not self.over.is_set():
             outcome = self.buy_once()
-            self.outcomes[outcome] += 1
+            with self.counting:
+                self.outcomes[outcome] += 1
             if outcome == "refused":
                 return
 

