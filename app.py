@@ -147,7 +147,7 @@ def _idempotency_key(http: Request) -> str | None:
 
 
 def _json_object(http: Request) -> dict[str, Any]:
-    """The body. Its headers are read from the environment: that spares more than asking for stock costs."""
+    """The body. Its headers are read from the environment: Werkzeug's properties cost more than a SELECT."""
     environ = http.environ
     if "HTTP_TRANSFER_ENCODING" in environ:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
@@ -193,7 +193,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 

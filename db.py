@@ -32,7 +32,7 @@ CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
 READ_PATIENCE_S = 5.0  # a plain SELECT meets a lock too, while another process recovers the WAL after a crash
-REPLACED_CHECK_S = 1.0  # a look at the file costs as much as the question whether there is stock
+REPLACED_CHECK_S = 1.0  # each look at the file costs as much as a SELECT of the stock
 
 # Where the platform has fdatasync, COMMIT doesn't flush: _flush does, after the lock is free.
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")

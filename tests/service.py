@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -176,6 +175,8 @@ def parse_answer(raw: bytes) -> Answer:
 
 
 def allow_open_files(wanted: int) -> None:
+    import resource  # POSIX only
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     reason = f"the limit of open files is {hard}, {wanted} are needed (ulimit -n)"
     need(hard == resource.RLIM_INFINITY or hard >= wanted, reason)
