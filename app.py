@@ -401,6 +401,9 @@ def address(app: Flask) -> str:
 
 
 class RequestHandler(WSGIRequestHandler):
+    error_content_type = "application/json"  # of what it can't parse
+    error_message_format = '{"success":false,"message":"Status %(code)d - send a valid HTTP/1.1 request"}\n'
+
     def version_string(self) -> str:
         return "flash-sale"  # not the versions of Werkzeug and Python
 
@@ -408,8 +411,8 @@ class RequestHandler(WSGIRequestHandler):
 def _require_free_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        print(f"Cannot start: {error.strerror} - set HOST or PORT", file=sys.stderr)
+    except (OSError, TypeError, ValueError) as error:  # the latter for what can't be a host's name
+        print(f"Cannot start: {error} - set HOST or PORT", file=sys.stderr)
         sys.exit(1)
 
 

@@ -31,7 +31,7 @@ RETRY_SLEEP_MAX_S = 0.005
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 WAL_RESET_FIXES = {(3, 44): 6, (3, 50): 7, (3, 51): 3}  # see _checkpoint: the first patch release that has it
-READ_PATIENCE_S = 5.0  # a plain SELECT meets a lock too, while another process recovers the WAL after a crash
+SETUP_PATIENCE_S = 5.0  # at the first start, and for a SELECT while another process recovers the WAL
 REPLACED_CHECK_S = 1.0  # each look at the file costs as much as a SELECT of the stock
 
 # Where the platform has fdatasync, COMMIT doesn't flush: _flush does, after the lock is free.
@@ -39,7 +39,9 @@ FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
 SET_SYNCHRONOUS = f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}"
 
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
-FIND_KEY = "SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = ?"
+FIND_STOCK_AND_KEY = """
+    SELECT stock, purchase_id, remaining_stock, customer_id
+    FROM inventory LEFT JOIN purchases ON idempotency_key = ? WHERE inventory.item_id = 1"""
 TAKE_UNIT = "UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
 RECORD_PURCHASE = (
     "INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock) VALUES (1, ?, ?, ?)"
@@ -125,7 +127,8 @@ def open_store(url: str, item_name: str, initial_stock: int, lock_timeout_s: flo
     scheme, _, path = url.partition(":///")
     if scheme != "sqlite" or path in ("", ":memory:"):
         raise ValueError("must be sqlite:///relative/path or sqlite:////absolute/path")
-    return SQLiteStore(Path(path).absolute(), item_name, initial_stock, lock_timeout_s)
+    # Resolved, as SQLite puts the WAL beside the file that a link leads to.
+    return SQLiteStore(Path(path).resolve(), item_name, initial_stock, lock_timeout_s)
 
 
 class SQLiteStore:
@@ -203,7 +206,8 @@ class SQLiteStore:
             self._require_writable()
             with closing(self._connect()) as connection:
                 is_ours = _is_ours(connection)
-                mode = _when_free(connection, self.lock_timeout_s, "PRAGMA journal_mode = WAL")
+                timeout_s = max(self.lock_timeout_s, SETUP_PATIENCE_S)
+                mode = _when_free(connection, timeout_s, "PRAGMA journal_mode = WAL")
                 if mode.fetchone() != ("wal",):
                     raise Unavailable(f"{self.path}: this file system can't hold a WAL database")
                 if not is_ours:
@@ -223,7 +227,7 @@ class SQLiteStore:
         return f"SQLite {sqlite3.sqlite_version} ({fix} the WAL-reset fix), {self.path}"
 
     def _create_tables(self) -> None:
-        with self._transaction() as connection:
+        with self._transaction(SETUP_PATIENCE_S) as connection:
             if not _is_ours(connection):  # else another process was first
                 for statement in SCHEMA.read_text(encoding="utf-8").split(";\n"):
                     connection.execute(statement)  # one by one: executescript() would commit before the first
@@ -242,7 +246,7 @@ class SQLiteStore:
             if not os.access(place, os.W_OK):
                 raise Unavailable(f"{place} is read-only")
 
-    def _connect(self, mode: str = "rw", patience_s: float = READ_PATIENCE_S) -> sqlite3.Connection:
+    def _connect(self, mode: str = "rw", patience_s: float = SETUP_PATIENCE_S) -> sqlite3.Connection:
         """A connection that has read nothing yet. Where a statement meets a lock it waits `patience_s`."""
         connection = sqlite3.connect(
             f"{self.uri}?mode={mode}",
@@ -258,11 +262,12 @@ class SQLiteStore:
         return connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, patience_s: float = 0) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own."""
+        timeout_s = max(self.lock_timeout_s, patience_s)
         connection = self._connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
         try:
-            _when_free(connection, self.lock_timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            _when_free(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
             yield connection
             _commit(connection)
         except BaseException:
@@ -373,13 +378,16 @@ class _Reader:
 def _look_up(
     connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
 ) -> tuple[Purchase | None, int]:
-    """What the key has bought already, and the stock. Raises KeyReused and SoldOut."""
-    stock = connection.execute(FIND_STOCK).fetchone()[0]
-    # The key after the stock: by then a sale that took the last unit is on record.
-    if idempotency_key is not None:
-        found = connection.execute(FIND_KEY, (idempotency_key,)).fetchone()
-        if found is not None:
-            purchase_id, remaining_stock, owner = found
+    """What the key has bought already, and the stock. Raises KeyReused and SoldOut.
+
+    In one statement: between two the last unit may be sold to this key, or a reset may come.
+    """
+    if idempotency_key is None:
+        stock = connection.execute(FIND_STOCK).fetchone()[0]
+    else:
+        row = connection.execute(FIND_STOCK_AND_KEY, (idempotency_key,)).fetchone()
+        stock, purchase_id, remaining_stock, owner = row
+        if purchase_id is not None:
             if owner != customer_id:
                 raise KeyReused(idempotency_key)
             return Purchase(purchase_id, remaining_stock, replayed=True), stock

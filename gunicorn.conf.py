@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import mmap
+import os
 import select
 import signal
 import socket
@@ -66,7 +67,9 @@ def post_worker_init(worker: Any) -> None:
 
 def stop(server: Any) -> NoReturn:
     """Let nobody else queue, unless another master goes on listening; who queues already is answered."""
-    if not (server.reexec_pid or server.master_pid or server.systemd):
+    # gunicorn itself notices only within a second that the old master is gone.
+    is_second = server.master_pid and server.master_pid == os.getppid()
+    if not (server.reexec_pid or is_second or server.systemd):
         server.stopping[0] = True
         rows = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in DROP_SYN))
         program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(rows))

@@ -165,6 +165,23 @@ def test_an_upgrade_that_is_taken_back_leaves_the_old_master_selling(tmp_path: P
         assert service.stop(signal.SIGTERM) == 0
 
 
+def test_a_stop_right_after_an_upgrade_answers_everybody_too(tmp_path: Path) -> None:
+    script = str(Path(sys.executable).with_name("gunicorn"))
+    with Service(tmp_path, script, "app:app", INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+        old = set(service.workers())
+        with Rush(service.port, number=40) as rush:
+            rush.wait_for(100)
+            service.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
+            (new_master,) = set(service.workers()) - old
+            assert service.stop(signal.SIGTERM) == 0
+            os.kill(new_master, signal.SIGTERM)  # before it knows that it is the only one
+            wait_until(lambda: rush.outcomes["refused"] == 40, 30, "somebody is still answered")
+    assert set(rush.outcomes) == {"200", "refused"}
+    assert rush.outcomes["200"] == purchases(tmp_path)
+
+
 def test_a_stop_ends_while_newcomers_keep_coming(tmp_path: Path) -> None:
     with Service(tmp_path, INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service:
         with Rush(service.port, number=40) as rush:

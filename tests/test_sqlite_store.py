@@ -306,6 +306,46 @@ def test_a_half_created_database_is_completed(open_store: OpenStore, database: P
     assert open_store(stock=7).inventory()[2:5] == (7, 7, 0)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_leads_to_the_database_and_its_wal(
+    open_store: OpenStore, tmp_path: Path, exists: bool
+) -> None:
+    database, link = tmp_path / "inventory.db", tmp_path / "other" / "link.db"
+    if exists:
+        open_store(stock=5)
+    link.parent.mkdir()
+    link.symlink_to(database)
+    store = db.open_store(f"sqlite:///{link}", "Concert", 5, 5.0)
+    store.create()
+    assert store.buy("alice").remaining_stock == 4
+    assert execute(database, "SELECT stock FROM inventory") == [(4,)]
+    store.close()
+
+
+def test_what_is_looked_up_together_is_read_in_one_statement(open_store: OpenStore) -> None:
+    """Between two a reset may turn "stock 0, key known" into "stock 1, key unknown": no 410 either way."""
+    store = open_store(stock=1)
+    store.buy("alice", "key-1")
+    told: list[str] = []
+    with store._reader() as reader:
+        reader.connection.set_trace_callback(told.append)
+    assert store.buy("alice", "key-1").replayed
+    with pytest.raises(db.SoldOut):
+        store.buy("bob", "key-2")
+    assert len(told) == 2
+
+
+def test_a_first_start_waits_a_little_whatever_the_lock_timeout(
+    open_store: OpenStore, database: Path
+) -> None:
+    database.touch()
+    with write_lock(database) as holder:
+        release = threading.Timer(0.3, holder.execute, ["ROLLBACK"])
+        release.start()
+        assert open_store(stock=5, lock_timeout_s=0).inventory().current_stock == 5
+        release.join()
+
+
 def test_a_copy_that_lost_its_wal_mode_gets_it_again(
     open_store: OpenStore, database: Path, tmp_path: Path
 ) -> None:

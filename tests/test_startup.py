@@ -1,5 +1,6 @@
 """Starting and stopping, with real processes and signals."""
 
+import json
 import os
 import re
 import shlex
@@ -115,7 +116,8 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
         done = run_to_end(LOCAL_DEMO, DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port))
     assert done.returncode == 1
     assert re.fullmatch(
-        rf"Cannot start: Address already in use .*'127\.0\.0\.1', {port}.* - set HOST or PORT\n", done.stderr
+        rf"Cannot start: .*Address already in use .*'127\.0\.0\.1', {port}.* - set HOST or PORT\n",
+        done.stderr,
     )
     assert done.stdout == ""
 
@@ -147,6 +149,12 @@ def test_a_read_only_folder_is_told_in_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     assert done.returncode == 4
     assert re.fullmatch(r"Cannot start: .*(Read-only file system|Permission denied).*\n", done.stderr)
+
+
+def test_a_host_that_can_be_none_is_told_in_one_line(tmp_path: Path) -> None:
+    done = run_to_end(LOCAL_DEMO, DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", HOST="é" * 70)
+    assert done.returncode == 1
+    assert re.fullmatch(r"Cannot start: .* - set HOST or PORT\n", done.stderr)
 
 
 def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> None:
@@ -219,3 +227,8 @@ def test_without_gunicorn_the_demo_serves_with_threads(tmp_path: Path) -> None:
         answers = [session.post(f"{service.url}/buy_ticket", timeout=10) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200] * 3
         assert "Werkzeug" not in answers[0].headers["Server"]
+        for line in (b"NONSENSE", b"GET /inventory HTTP/9.9"):
+            with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+                client.sendall(line + b"\r\n\r\n")
+                raw = b"".join(iter(lambda: client.recv(65536), b""))
+            assert json.loads(raw.rpartition(b"\r\n\r\n")[2])["success"] is False
