@@ -416,8 +416,11 @@ def _require_free_port(host: str, port: int) -> None:
         sys.exit(1)
 
 
-with suppress(ImportError):  # a .env file is read where python-dotenv is installed
-    importlib.import_module("dotenv").load_dotenv(FOLDER / ".env")
+if (FOLDER / ".env").exists():
+    try:
+        importlib.import_module("dotenv").load_dotenv(FOLDER / ".env")
+    except ImportError:
+        print(".env is not read - pip install python-dotenv, or set the variables", file=sys.stderr)
 
 if __name__ == "__main__":
     serve_locally()

@@ -655,8 +655,9 @@ def own_server() -> Iterator[tuple[str, int]]:
     with tempfile.TemporaryDirectory(prefix="flash-sale-proof-") as folder:
         with socket.create_server(LOCAL) as probe:
             port = str(probe.getsockname()[1])
-        settings = {"HOST": "127.0.0.1", "PORT": port, "WEB_CONCURRENCY": "4", "ALLOW_RESET": "1"}
+        settings = {"HOST": "127.0.0.1", "PORT": port, "WEB_CONCURRENCY": "4"}
         if not is_postgresql():
+            settings["ALLOW_RESET"] = "1"
             settings["DATABASE_URL"] = f"sqlite:///{Path(folder, 'inventory.db').as_posix()}"
         log = Path(folder, "server.log")
         command = [sys.executable, str(Path(__file__).with_name("app.py"))]
@@ -925,6 +926,10 @@ path { fill: none; stroke: #a855f7 } .grid { stroke: #8884 }
 """
 
 
+CAPTION = """The stock is what each answer told, at the moment it arrived: answers overtake each other, so the
+line may step up. A reading lasts from its question to its answer; it was true at some moment in between."""
+
+
 def page(results: Sequence[Result], conclusion: str) -> str:
     """One HTML file that needs no network and no script. The SVG is our own: every mark is a line segment."""
     rows, sections = [], []
@@ -941,7 +946,7 @@ def page(results: Sequence[Result], conclusion: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Proof of correctness</title>'
         f"<style>{STYLE}</style><h1>Proof of correctness</h1><p>{html.escape(conclusion)}</p>"
-        f"{table}{''.join(sections)}</html>"
+        f"<p>{CAPTION}</p>{table}{''.join(sections)}</html>"
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     assert conf["control_socket_disable"] is True
     assert "%(r)s" not in conf["access_log_format"]
     assert "%(q)s" not in conf["access_log_format"]
+
+
+def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    for name in ("app.py", "db.py", "schema.sql"):
+        shutil.copy(PROJECT / name, tmp_path)
+    (tmp_path / ".env").write_text("INITIAL_STOCK=-5\n")
+    ours = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
+    without = run_to_end(
+        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; import app"], **variables
+    )
+    assert (without.returncode, without.stderr.count("\n")) == (0, 1)
+    assert without.stderr.startswith(".env is not read - pip install python-dotenv")
+    (tmp_path / "dotenv.py").write_text(
+        "import os\ndef load_dotenv(path): os.environ.update([path.read_text().strip().split('=')])\n"
+    )
+    read = run_to_end([sys.executable, "-c", f"{ours}; import app"], **variables)
+    assert read.stderr.startswith("Cannot start: INITIAL_STOCK ")
 
 
 def test_every_variable_is_in_the_example_file() -> None:
