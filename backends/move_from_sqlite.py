@@ -39,7 +39,7 @@ def move(path: Path, url: str) -> db.Audit:
 def _copy(source: sqlite3.Connection, target: psycopg.Connection[tuple[object, ...]]) -> None:
     target.execute("SELECT FROM inventory FOR UPDATE")
     if target.execute("SELECT FROM purchases LIMIT 1").fetchone() is not None:
-        raise ValueError("there are purchases in the target already: nothing was moved")
+        raise ValueError("there are purchases in the target already")
     *numbers, last_updated = source.execute(
         "SELECT item_name, stock, initial_stock, last_updated FROM inventory"
     ).fetchone()
@@ -55,7 +55,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     try:
-        print(move(Path(sys.argv[1]), sys.argv[2]))
+        initial_stock, left, purchases = move(Path(sys.argv[1]), sys.argv[2])
+        print(f"Moved: {purchases} purchases, {left} of {initial_stock} units left")
     except (ValueError, db.StoreError, sqlite3.Error, psycopg.Error) as error:
         sys.exit(f"Nothing was moved: {error}")
 

@@ -191,7 +191,7 @@ def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> N
     before.close()
 
     moved = run_move(file, url)
-    assert moved.returncode == 0, moved.stderr
+    assert (moved.stdout, moved.stderr) == ("Moved: 3 purchases, 7 of 10 units left\n", "")
     after = db.open_store(url, "", 0, 5.0)
     after.create()
     assert after.audit() == numbers == (10, 7, 3)
