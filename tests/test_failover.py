@@ -131,15 +131,16 @@ def test_a_sale_stands_still_while_the_standby_is_away_and_goes_on_when_it_is_ba
         buyers.wait_for_sales(SALES)
         standby.kill()
         gone = time.monotonic()
-        wait_until(lambda: {BUSY, LOST} <= told(buyers, gone), LIMIT_S, "no buyer noticed")
-        assert SOLD not in told(buyers, gone)
+        # Soon each buyer has a purchase of which nobody knows whether it counts, and asks for that again.
+        wait_until(lambda: len(told(buyers, gone)) >= 30, LIMIT_S, "hardly anybody is answered")
+        assert set(told(buyers, gone)) <= {BUSY, LOST}
         standby.start()
         buyers.wait_until_sold_out()
     buyers.judge(primary, "sale")
 
 
-def told(buyers: Buyers, since: float) -> set[int]:
-    return {a.status for a in list(buyers.attempts) if a.start > since}
+def told(buyers: Buyers, since: float) -> list[int]:
+    return [a.status for a in list(buyers.attempts) if a.start > since]
 
 
 def test_what_the_standby_does_not_have_is_not_acknowledged_even_to_who_asks_again(
