@@ -295,8 +295,9 @@ class ConfigError(ValueError):
 def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration from environment variables; an empty one counts as unset. Raises ConfigError."""
     given = {name: value for name, value in values.items() if value not in (None, "")}
-    config: dict[str, Any] = {name: str(given.get(name, default)) for name, default in TEXTS.items()}
-    for name in TEXTS:
+    config: dict[str, Any] = {}
+    for name, text in TEXTS.items():
+        config[name] = str(given.get(name, text))
         if any("\ud800" <= character <= "\udfff" for character in config[name]):
             raise ConfigError(f"{name} has to be text in UTF-8, not {config[name]!a}")
     for name, (default, lowest, highest) in NUMBERS.items():

@@ -82,7 +82,7 @@ def test_a_lock_timeout_longer_than_gunicorns_own_does_not_cost_the_worker(tmp_p
         with write_lock(tmp_path / "inventory.db"):
             started = time.monotonic()
             assert requests.post(f"{service.url}/buy_ticket", timeout=60).status_code == 503
-            assert time.monotonic() - started >= 33
+            assert 33 <= time.monotonic() - started < 36
         assert service.workers() == workers
 
 
@@ -103,7 +103,7 @@ def test_workers_killed_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -> N
                     os.kill(workers[kills % len(workers)], signal.SIGKILL)
                     kills, sold_before = kills + 1, sold
         selling.join()
-        assert kills >= 5
+        assert kills >= 10
         acknowledged = {answer.json["purchase_id"] for answer in answers if answer.status == 200}
         lost = [number for number, answer in enumerate(answers) if answer.status == 0]
         assert {answer.status for answer in answers} <= {200, 0}

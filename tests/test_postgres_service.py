@@ -79,6 +79,17 @@ def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
     assert PASSWORD not in done.stdout + done.stderr
 
 
+def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None:
+    store = db.open_store(url, "Concert", 5, 5.0)
+    store.create()
+    store.buy("alice")
+    command = (sys.executable, "proof_of_correctness.py", "--url", f"http://127.0.0.1:{free_port()}")
+    done = run_to_end(command, DATABASE_URL=url, ALLOW_RESET="0")
+    assert done.returncode == 2, done.stdout
+    assert store.audit() == (5, 4, 1)
+    store.close()
+
+
 def test_every_route_answers_as_on_sqlite_and_tells_no_secret(service: Service) -> None:
     assert service.buy("alice", "key-1").json()["remaining_stock"] == 99
     replay = service.buy("alice", "key-1")

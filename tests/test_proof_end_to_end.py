@@ -146,7 +146,10 @@ def test_an_honest_server_is_proven_with_the_figures_and_the_page_that_were_aske
     html = page.read_text(encoding="utf-8")
     assert html.count('<svg viewBox="0 0 960') == 18
     assert not re.search(r"<script|https?://", html)
-    assert re.search(TEST_2_LOOK, done.stdout), done.stdout
+    look = re.search(TEST_2_LOOK, done.stdout)
+    assert look, done.stdout
+    progress = sorted(map(int, re.findall(r"Progress: (\d+)/1000", look[0])))
+    assert progress == list(range(100, 1001, 100))
 
 
 TEST_2_LOOK = (

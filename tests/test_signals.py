@@ -151,14 +151,23 @@ def replace_workers(service: Service) -> None:
     wait_until(lambda: not old & set(service.workers()), 20, "the old workers stay")
 
 
+# `python -m gunicorn` can't start itself again.
+UPGRADABLE = (str(Path(sys.executable).with_name("gunicorn")), "app:app")
+
+
+def start_upgrade(service: Service) -> int:
+    """A second master beside the first, both with two workers: its process id."""
+    wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+    old = set(service.workers())
+    service.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
+    (new_master,) = set(service.workers()) - old
+    return new_master
+
+
 def test_an_upgrade_that_is_taken_back_leaves_the_old_master_selling(tmp_path: Path) -> None:
-    script = str(Path(sys.executable).with_name("gunicorn"))  # `python -m gunicorn` can't start itself again
-    with Service(tmp_path, script, "app:app", INITIAL_STOCK="10", WEB_CONCURRENCY="2") as service:
-        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
-        old = set(service.workers())
-        service.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
-        (new_master,) = set(service.workers()) - old
+    with Service(tmp_path, *UPGRADABLE, INITIAL_STOCK="10", WEB_CONCURRENCY="2") as service:
+        new_master = start_upgrade(service)
         os.kill(new_master, signal.SIGTERM)
         wait_until(lambda: new_master not in service.workers(), 40, "the new master stays")
         assert service.buy().status_code == 200
@@ -166,18 +175,15 @@ def test_an_upgrade_that_is_taken_back_leaves_the_old_master_selling(tmp_path: P
 
 
 def test_a_stop_right_after_an_upgrade_answers_everybody_too(tmp_path: Path) -> None:
-    script = str(Path(sys.executable).with_name("gunicorn"))
-    with Service(tmp_path, script, "app:app", INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service:
-        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
-        old = set(service.workers())
-        with Rush(service.port, number=40) as rush:
-            rush.wait_for(100)
-            service.process.send_signal(signal.SIGUSR2)
-            wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
-            (new_master,) = set(service.workers()) - old
-            assert service.stop(signal.SIGTERM) == 0
-            os.kill(new_master, signal.SIGTERM)  # before it knows that it is the only one
-            wait_until(lambda: rush.outcomes["refused"] == 40, 30, "somebody is still answered")
+    with (
+        Service(tmp_path, *UPGRADABLE, INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service,
+        Rush(service.port, number=40) as rush,
+    ):
+        rush.wait_for(100)
+        new_master = start_upgrade(service)
+        assert service.stop(signal.SIGTERM) == 0
+        os.kill(new_master, signal.SIGTERM)  # before it knows that it is the only one
+        wait_until(lambda: rush.outcomes["refused"] == 40, 30, "somebody is still answered")
     assert set(rush.outcomes) == {"200", "refused"}
     assert rush.outcomes["200"] == purchases(tmp_path)
 
