@@ -156,7 +156,10 @@ class Event(NamedTuple):
 
 
 def check(
-    initial_stock: int, attempts: Sequence[Attempt], readings: Sequence[Reading], audit: Audit | None
+    initial_stock: int,
+    attempts: Sequence[Attempt],
+    readings: Sequence[Reading],
+    audit: Audit | None,
 ) -> list[Violation]:
     """All that is wrong with this history; nothing if and only if it is linearizable. O(n log n)."""
     purchases = by_purchase(attempts)
@@ -183,7 +186,9 @@ def by_purchase(attempts: Iterable[Attempt]) -> list[Purchase]:
     ]
 
 
-def check_answers(attempts: Iterable[Attempt], purchases: Iterable[Purchase]) -> Iterator[Violation]:
+def check_answers(
+    attempts: Iterable[Attempt], purchases: Iterable[Purchase]
+) -> Iterator[Violation]:
     for a in attempts:
         if not a.understood:
             answer = f"{a.status}, remaining_stock {a.remaining_stock}, purchase_id {a.purchase_id}"
@@ -193,14 +198,18 @@ def check_answers(attempts: Iterable[Attempt], purchases: Iterable[Purchase]) ->
         told = {f"purchase {a.purchase_id} left {a.remaining_stock}" for a in p.sold}
         told |= {"SOLD OUT" for _ in p.sold_out}
         if len(told) > 1:
-            yield Violation(Kind.CHANGED_ANSWER, f"{p.customer} was told: {', '.join(sorted(told))}")
+            yield Violation(
+                Kind.CHANGED_ANSWER, f"{p.customer} was told: {', '.join(sorted(told))}"
+            )
         for number in {a.purchase_id for a in p.sold}:
             if owners.setdefault(number, p.customer) != p.customer:
                 message = f"purchase {number} was told to {owners[number]} and to {p.customer}"
                 yield Violation(Kind.LOST_PURCHASE, message)
 
 
-def check_totals(initial: int, purchases: Sequence[Purchase], audit: Audit | None) -> Iterator[Violation]:
+def check_totals(
+    initial: int, purchases: Sequence[Purchase], audit: Audit | None
+) -> Iterator[Violation]:
     sold = sum(bool(p.sold) for p in purchases)
     perhaps = sum(p.may_be_sold for p in purchases)
     if sold > initial:
@@ -216,7 +225,9 @@ def check_totals(initial: int, purchases: Sequence[Purchase], audit: Audit | Non
         kind = Kind.OVERSOLD if audit.stock + audit.records > initial else Kind.UNDERSOLD
         yield Violation(kind, f"{audit.stock} left + {audit.records} sold is not {initial}")
     if audit.stock > 0 and any(p.sold_out for p in purchases):
-        yield Violation(Kind.UNDERSOLD, f"buyers were told SOLD OUT, and {audit.stock} units are left")
+        yield Violation(
+            Kind.UNDERSOLD, f"buyers were told SOLD OUT, and {audit.stock} units are left"
+        )
 
 
 def check_order(
@@ -227,10 +238,14 @@ def check_order(
     seen = defaultdict[int, list[Event]](list)
     unclear: list[Event] = []
     for p in purchases:
-        start = min((a.start for a in p.sold + p.unclear), default=inf)  # any of these can have been the sale
+        start = min(
+            (a.start for a in p.sold + p.unclear), default=inf
+        )  # any of these can have been the sale
         seen[0] += [Event(a.start, a.end, f"the SOLD OUT of {p.customer}") for a in p.sold_out]
         for level in {a.remaining_stock for a in p.sold if a.remaining_stock is not None}:
-            sale = Event(start, min(a.end for a in p.sold), f"the sale to {p.customer} that left {level}")
+            sale = Event(
+                start, min(a.end for a in p.sold), f"the sale to {p.customer} that left {level}"
+            )
             if level in sales:
                 yield Violation(Kind.DUPLICATE_LEVEL, f"{sales[level].name}, and {sale.name}")
             elif not 0 <= level < initial:
@@ -259,7 +274,9 @@ def walk_down(
     """
     spare = deque(unclear)
     lowest = min([*sales, *(level for level in seen if seen[level])], default=initial)
-    since = Event(-inf, inf, "the beginning")  # what keeps the counter from having had this level earlier
+    since = Event(
+        -inf, inf, "the beginning"
+    )  # what keeps the counter from having had this level earlier
 
     def too_early(event: Event) -> Violation:
         message = f"{event.name} ended {since.start - event.end:.6f} s before {since.name} began"
@@ -272,7 +289,9 @@ def walk_down(
             return
         sale = sales.get(level - 1) or (spare.popleft() if spare else None)
         if sale is None:
-            message = f"nobody was told {level - 1}, and yet the stock fell from {level} to {lowest}"
+            message = (
+                f"nobody was told {level - 1}, and yet the stock fell from {level} to {lowest}"
+            )
             yield Violation(Kind.NOT_LINEARIZABLE, message)
             return
         since = max([since, *here, sale], key=lambda event: event.start)
@@ -329,7 +348,11 @@ def connection_to(url: str) -> http.client.HTTPConnection:
 
 
 def exchange(
-    connection: http.client.HTTPConnection, method: str, url: str, body: str | None, headers: dict[str, str]
+    connection: http.client.HTTPConnection,
+    method: str,
+    url: str,
+    body: str | None,
+    headers: dict[str, str],
 ) -> tuple[float, float, int, dict[str, Any]]:
     """One request and the JSON object that answered it: start, end, status, answer."""
     start = time.monotonic()
@@ -355,8 +378,13 @@ def buy(crowd: Crowd, thread: int, order: Order, connection: http.client.HTTPCon
     customer, key = order
     headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
     body = json.dumps({"customer_id": customer})
-    start, end, status, answer = exchange(connection, "POST", crowd.url + "/buy_ticket", body, headers)
-    left, number = whole_number(answer.get("remaining_stock")), whole_number(answer.get("purchase_id"))
+    start, end, status, answer = exchange(
+        connection, "POST", crowd.url + "/buy_ticket", body, headers
+    )
+    left, number = (
+        whole_number(answer.get("remaining_stock")),
+        whole_number(answer.get("purchase_id")),
+    )
     return Attempt(crowd.process, thread, customer, key, start, end, status, left, number)
 
 
@@ -403,7 +431,9 @@ def run_crowds(crowds: Sequence[Crowd]) -> tuple[list[Attempt], float]:
             results = list(pool.map(run_crowd, crowds))
     except (RuntimeError, OSError) as error:  # a broken barrier, a thread too many
         raise CannotJudge(f"the buyers did not get together: {error!r}") from error
-    return [attempt for history, _ in results for attempt in history], max(load for _, load in results)
+    return [attempt for history, _ in results for attempt in history], max(
+        load for _, load in results
+    )
 
 
 class Api(NamedTuple):
@@ -415,12 +445,16 @@ class Api(NamedTuple):
         try:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy between buyer and seller
-                response = session.request(method, self.url + path, json=body, timeout=REQUEST_TIMEOUT_S)
+                response = session.request(
+                    method, self.url + path, json=body, timeout=REQUEST_TIMEOUT_S
+                )
         except requests.RequestException as error:
             kind = NoAnswer if isinstance(error, requests.ConnectionError) else CannotJudge
             raise kind(f"{method} {self.url}{path}: no answer ({type(error).__name__})") from error
         if response.status_code == 403:
-            raise CannotJudge(f"{method} {path} is switched off there: start that server with ALLOW_RESET=1")
+            raise CannotJudge(
+                f"{method} {path} is switched off there: start that server with ALLOW_RESET=1"
+            )
         with suppress(ValueError):
             if response.status_code == 200 and isinstance(answer := response.json(), dict):
                 return answer
@@ -437,7 +471,9 @@ class Api(NamedTuple):
 
     def read_stock(self) -> list[Reading]:
         """One reading, or none if the connection was lost."""
-        start, end, _, answer = exchange(connection_to(self.url), "GET", self.url + "/inventory", None, {})
+        start, end, _, answer = exchange(
+            connection_to(self.url), "GET", self.url + "/inventory", None, {}
+        )
         stock = whole_number(answer.get("current_stock"))
         return [] if stock is None else [Reading(start, end, stock)]
 
@@ -445,12 +481,17 @@ class Api(NamedTuple):
         start = time.monotonic()
         with suppress(CannotJudge, KeyError, TypeError, ValueError):
             figures = self.call("GET", "/audit")
-            return Audit(start, time.monotonic(), figures["current_stock"], int(figures["purchase_records"]))
+            return Audit(
+                start, time.monotonic(), figures["current_stock"], int(figures["purchase_records"])
+            )
         return None
 
 
 def hold_sale(
-    api: Api, stock: int, crowds: Sequence[Crowd], trouble: Callable[[threading.Event], None] | None = None
+    api: Api,
+    stock: int,
+    crowds: Sequence[Crowd],
+    trouble: Callable[[threading.Event], None] | None = None,
 ) -> History:
     """Reset, let everyone buy, read the stock meanwhile, and count when all is over."""
     orders = [order for crowd in crowds for row in crowd.rows for order in row]
@@ -496,7 +537,7 @@ class Result:
 def run_tests(api: Api, options: argparse.Namespace, server_pid: int | None) -> Iterator[Result]:
     """The same seed gives the same orders, repeats and pauses between kills."""
     stock, buyers, processes = options.stock, options.buyers, options.processes
-    chance = random.Random(options.seed)  # noqa: S311 (a plan, not a secret)
+    chance = random.Random(options.seed)
 
     with naive_shop() as shop:
         title = f"NEGATIVE CONTROL ({CONTROL_BUYERS} buyers, {CONTROL_STOCK} tickets, no lock)"
@@ -507,7 +548,9 @@ def run_tests(api: Api, options: argparse.Namespace, server_pid: int | None) -> 
     yield judge(1, f"BASIC CONCURRENCY ({few} buyers, {stock} tickets)", sales(api, stock, crowds))
 
     crowds = [Crowd(api.url, 0, single_orders(buyers), progress_every=100)]
-    yield judge(2, f"OVERSELLING PREVENTION ({buyers} buyers, {stock} tickets)", sales(api, stock, crowds))
+    yield judge(
+        2, f"OVERSELLING PREVENTION ({buyers} buyers, {stock} tickets)", sales(api, stock, crowds)
+    )
 
     each = max(1, buyers // processes)
     crowds = [Crowd(api.url, n, single_orders(each, f"_of_process_{n}")) for n in range(processes)]
@@ -553,7 +596,9 @@ def sales(api: Api, stock: int, *plans: Sequence[Crowd]) -> Iterator[History]:
 
 def until_caught(shop: Api) -> Iterator[History]:
     for _ in range(CONTROL_SALES_MAX):
-        history = hold_sale(shop, CONTROL_STOCK, [Crowd(shop.url, 0, single_orders(CONTROL_BUYERS))])
+        history = hold_sale(
+            shop, CONTROL_STOCK, [Crowd(shop.url, 0, single_orders(CONTROL_BUYERS))]
+        )
         yield history
         if find_violations([history]):
             return
@@ -566,7 +611,9 @@ def crash_sales(api: Api, server_pid: int, chance: random.Random) -> Iterator[Hi
 
     def kill_workers(over: threading.Event) -> None:
         kills.clear()
-        while len(kills) < KILLS_NEEDED and not over.wait(chance.uniform(KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S)):
+        while len(kills) < KILLS_NEEDED and not over.wait(
+            chance.uniform(KILL_PAUSE_MIN_S, KILL_PAUSE_MAX_S)
+        ):
             with suppress(IndexError, ProcessLookupError):  # none is left, or just ended
                 os.kill(chance.choice(workers_of(server_pid)), signal.SIGKILL)
                 kills.append(time.monotonic())
@@ -609,7 +656,9 @@ def judge(number: int, title: str, sales_of_test: Iterator[History]) -> Result:
         checks = verify(histories, violations)
     if number == 5:
         kills = sum(len(h.kills) for h in histories)
-        checks.append((kills >= KILLS_NEEDED, f"{kills} workers killed in mid-sale ({KILLS_NEEDED} needed)"))
+        checks.append(
+            (kills >= KILLS_NEEDED, f"{kills} workers killed in mid-sale ({KILLS_NEEDED} needed)")
+        )
     proven, unmet = all(ok for ok, _ in checks), FAILED if violations else INCONCLUSIVE
     return Result(number, title, PASSED if proven else unmet, checks, violations, histories)
 
@@ -624,7 +673,10 @@ def verify(histories: Sequence[History], violations: Sequence[Violation]) -> lis
     left = sum(h.initial_stock for h in histories) - wanted
     stock = sum(h.readings[-1].stock for h in histories if h.readings)
     records = sum(h.audit.records for h in histories if h.audit)
-    flying, needed = in_flight_max(attempts), IN_FLIGHT_SHARE * len({(a.process, a.thread) for a in attempts})
+    flying, needed = (
+        in_flight_max(attempts),
+        IN_FLIGHT_SHARE * len({(a.process, a.thread) for a in attempts}),
+    )
     checks = [
         (sold == wanted, f"Exactly {wanted} purchases succeeded", f"it was {sold}"),
         (unclear == 0, f"All {len(attempts)} requests accounted for", f"{unclear} got no answer"),
@@ -635,7 +687,9 @@ def verify(histories: Sequence[History], violations: Sequence[Violation]) -> lis
     if not all(h.audit and h.readings for h in histories):
         checks.append((False, "GET /audit and GET /inventory gave figures", "not each time"))
     if flying < needed:
-        checks.append((False, f"{needed:.0f} attempts were in flight at once", f"only {flying} were"))
+        checks.append(
+            (False, f"{needed:.0f} attempts were in flight at once", f"only {flying} were")
+        )
     return [(ok, text if ok else f"{text}: {but}") for ok, text, but in checks]
 
 
@@ -662,7 +716,7 @@ def own_server() -> Iterator[tuple[str, int]]:
         log = Path(folder, "server.log")
         command = [sys.executable, str(Path(__file__).with_name("app.py"))]
         with log.open("wb") as file:
-            server = subprocess.Popen(  # noqa: S603 (our own program)
+            server = subprocess.Popen(
                 command, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
             )
         try:
@@ -699,7 +753,9 @@ def workers_of(pid: int) -> list[int]:
     with suppress(OSError):
         lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
         pgrep = ["pgrep", "-P", str(pid)]  # where there is no /proc
-        words = (" ".join(lists) or subprocess.run(pgrep, capture_output=True, text=True).stdout).split()  # noqa: S603
+        words = (
+            " ".join(lists) or subprocess.run(pgrep, capture_output=True, text=True).stdout
+        ).split()
     return [worker for child in map(int, words) for worker in workers_of(child) or [child]]
 
 
@@ -710,8 +766,12 @@ class NaiveSeller(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-        with closing(sqlite3.connect(self.database, timeout=REQUEST_TIMEOUT_S, isolation_level=None)) as db:
-            status, answer = self.sell(db) if self.path == "/buy_ticket" else (200, self.count(db, body))
+        with closing(
+            sqlite3.connect(self.database, timeout=REQUEST_TIMEOUT_S, isolation_level=None)
+        ) as db:
+            status, answer = (
+                self.sell(db) if self.path == "/buy_ticket" else (200, self.count(db, body))
+            )
         text = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -724,7 +784,9 @@ class NaiveSeller(http.server.BaseHTTPRequestHandler):
         (stock,) = db.execute("SELECT stock FROM item").fetchone()
         if stock <= 0:
             return SOLD_OUT, {"remaining_stock": 0}
-        db.execute("UPDATE item SET stock = ?", (stock - 1,))  # others have read the same stock meanwhile
+        db.execute(
+            "UPDATE item SET stock = ?", (stock - 1,)
+        )  # others have read the same stock meanwhile
         number = db.execute("INSERT INTO purchase DEFAULT VALUES").lastrowid
         return SOLD, {"remaining_stock": stock - 1, "purchase_id": number}
 
@@ -732,7 +794,9 @@ class NaiveSeller(http.server.BaseHTTPRequestHandler):
         if "stock" in body:  # POST /reset
             db.execute("UPDATE item SET stock = ?", (body["stock"],))
             db.execute("DELETE FROM purchase")
-        stock, records = db.execute("SELECT stock, (SELECT count(*) FROM purchase) FROM item").fetchone()
+        stock, records = db.execute(
+            "SELECT stock, (SELECT count(*) FROM purchase) FROM item"
+        ).fetchone()
         return {"current_stock": stock, "purchase_records": records}
 
     def log_message(self, *_: object) -> None:
@@ -747,9 +811,14 @@ class NaiveShop(http.server.ThreadingHTTPServer):
 def naive_shop() -> Iterator[Api]:
     with tempfile.TemporaryDirectory(prefix="flash-sale-control-") as folder:
         NaiveSeller.database = str(Path(folder, "scratch.db"))
-        with closing(sqlite3.connect(NaiveSeller.database)) as db, NaiveShop(LOCAL, NaiveSeller) as shop:
+        with (
+            closing(sqlite3.connect(NaiveSeller.database)) as db,
+            NaiveShop(LOCAL, NaiveSeller) as shop,
+        ):
             db.execute("PRAGMA journal_mode = WAL")
-            db.executescript("CREATE TABLE item (stock); CREATE TABLE purchase (id INTEGER PRIMARY KEY)")
+            db.executescript(
+                "CREATE TABLE item (stock); CREATE TABLE purchase (id INTEGER PRIMARY KEY)"
+            )
             db.executescript("INSERT INTO item VALUES (0)")
             threading.Thread(target=shop.serve_forever).start()
             try:
@@ -762,7 +831,9 @@ def naive_shop() -> Iterator[Api]:
 
 OUTCOMES = {SOLD: "sold", SOLD_OUT: "sold-out", BUSY: "busy", LOST: "lost"}
 COLUMNS = ("attempts", "sold", "sold_out", "throughput_per_s", "p50_ms", "p99_ms", "in_flight_max")
-Segment = tuple[str, float, float, float, float]  # CSS class, x and y of one end, x and y of the other
+Segment = tuple[
+    str, float, float, float, float
+]  # CSS class, x and y of one end, x and y of the other
 
 
 def outcome(attempt: Attempt) -> str:
@@ -779,7 +850,9 @@ def figures_of(result: Result) -> dict[str, Any]:
     if not attempts:
         return {}
     outcomes = Counter(map(outcome, attempts))
-    total_s = sum(max(a.end for a in h.attempts) - min(a.start for a in h.attempts) for h in result.histories)
+    total_s = sum(
+        max(a.end for a in h.attempts) - min(a.start for a in h.attempts) for h in result.histories
+    )
     total_s = max(total_s, 1e-9)  # a clock may be coarse
     times_ms = sorted(1000 * (a.end - a.start) for a in attempts)
     load = max(h.client_load for h in result.histories)
@@ -801,7 +874,11 @@ def figures_of(result: Result) -> dict[str, Any]:
         "rounds": len(result.histories),
         "kills_in_mid_sale": sum(len(h.kills) for h in result.histories),
         "client_load": load,
-        "limited_by": "the client" if load > 0.9 else "the server" if load < 0.6 else "can't be told",
+        "limited_by": "the client"
+        if load > 0.9
+        else "the server"
+        if load < 0.6
+        else "can't be told",
     }
 
 
@@ -825,7 +902,11 @@ def print_result(result: Result) -> None:
     if result.verdict == SKIPPED:
         print(f"\nTEST {result.number} SKIPPED: {result.checks[0][1]}")
         return
-    note = " (lost with a killed worker, asked again)" if any(h.kills for h in result.histories) else ""
+    note = (
+        " (lost with a killed worker, asked again)"
+        if any(h.kills for h in result.histories)
+        else ""
+    )
     print(RESULTS.format(**figures_of(result), note=note))
     for ok, text in result.checks:
         print(f"  {'✓' if ok else '✗'} {text}")
@@ -837,7 +918,9 @@ def print_result(result: Result) -> None:
     print(f"TEST {result.number} {result.verdict}{praise}", flush=True)
 
 
-def chart(title: str, x_name: str, y_name: str, thickness: float, segments: Sequence[Segment]) -> str:
+def chart(
+    title: str, x_name: str, y_name: str, thickness: float, segments: Sequence[Segment]
+) -> str:
     """Segments in a frame with axes from 0, one path for each class."""
     x_max = max((max(x, to_x) for _, x, _, to_x, _ in segments), default=1) or 1
     y_max = max((max(y, to_y) for _, _, y, _, to_y in segments), default=1) or 1
@@ -851,8 +934,12 @@ def chart(title: str, x_name: str, y_name: str, thickness: float, segments: Sequ
     marks = []
     for v in ticks(y_max):
         place = at(0, v).split()[1]
-        marks.append(f'<path class="grid" d="M60 {place}H940"/><text x="52" y="{place}" dy="4">{v:g}</text>')
-    marks += [f'<text class="x" x="{at(v, 0).split()[0]}" y="278">{v:g}</text>' for v in ticks(x_max)]
+        marks.append(
+            f'<path class="grid" d="M60 {place}H940"/><text x="52" y="{place}" dy="4">{v:g}</text>'
+        )
+    marks += [
+        f'<text class="x" x="{at(v, 0).split()[0]}" y="278">{v:g}</text>' for v in ticks(x_max)
+    ]
     for name, d in paths.items():
         marks.append(f'<path class="{name}" stroke-width="{thickness:.2f}" d="{"".join(d)}"/>')
     names = f'<text x="940" y="296">{x_name}</text><text x="60" y="14" class="y">{y_name}</text>'
@@ -869,7 +956,9 @@ def ticks(top: float) -> list[float]:
 
 def stock_segments(history: History, epoch: float) -> Iterator[Segment]:
     """What the first answer of each sale told, what readings saw, and when workers were killed."""
-    firsts = sorted(min((a.end, a) for a in p.sold) for p in by_purchase(history.attempts) if p.sold)
+    firsts = sorted(
+        min((a.end, a) for a in p.sold) for p in by_purchase(history.attempts) if p.sold
+    )
     now, stock = min(a.start for a in history.attempts) - epoch, history.initial_stock
     for _, a in firsts:
         end, left = a.end - epoch, a.remaining_stock or 0
@@ -941,7 +1030,9 @@ def page(results: Sequence[Result], conclusion: str) -> str:
         lines += [f"{v.kind}: {v.message}" for v in result.violations[:VIOLATIONS_SHOWN]]
         facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         sections.append(f"<h2>Test {name}: {result.verdict}</h2><ul>{facts}</ul>{draw(result)}")
-    head = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in ("test", "verdict", *COLUMNS))
+    head = "".join(
+        f"<th>{column.replace('_', ' ')}</th>" for column in ("test", "verdict", *COLUMNS)
+    )
     table = f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(rows)}</tr></table>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Proof of correctness</title>'
@@ -971,14 +1062,24 @@ def new_file(text: str) -> Path:
 def parse_options() -> argparse.Namespace:
     env = os.environ.get
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--url", default=env("API_URL", "http://127.0.0.1:8000"), help="the server to judge")
-    parser.add_argument("--stock", type=up_to(BUYERS_MAX), default=100, help="tickets in tests 1 to 3")
+    parser.add_argument(
+        "--url", default=env("API_URL", "http://127.0.0.1:8000"), help="the server to judge"
+    )
+    parser.add_argument(
+        "--stock", type=up_to(BUYERS_MAX), default=100, help="tickets in tests 1 to 3"
+    )
     buyers, processes = env("TOTAL_REQUESTS", "1000"), env("CONCURRENT_PROCESSES", "4")
     parser.add_argument("--buyers", type=up_to(BUYERS_MAX), default=buyers, help="in tests 2 to 4")
-    parser.add_argument("--processes", type=up_to(PROCESSES_MAX), default=processes, help="in test 3")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, help="same seed, same plan")
+    parser.add_argument(
+        "--processes", type=up_to(PROCESSES_MAX), default=processes, help="in test 3"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=time.time_ns() % 1_000_000, help="same seed, same plan"
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures")
-    parser.add_argument("--report", type=new_file, metavar="FILE", help="write an HTML page with pictures")
+    parser.add_argument(
+        "--report", type=new_file, metavar="FILE", help="write an HTML page with pictures"
+    )
     return parser.parse_args()
 
 
@@ -992,7 +1093,9 @@ def prove(options: argparse.Namespace, results: list[Result]) -> None:
             url, server_pid = undo.enter_context(own_server())
             print(f"Nobody answers at {api.url}: judging a server of our own at {url}")
             if is_postgresql():
-                print("on the PostgreSQL database that DATABASE_URL names: its purchases will be deleted")
+                print(
+                    "on the PostgreSQL database that DATABASE_URL names: its purchases will be deleted"
+                )
             api = Api(url)
         for result in run_tests(api, options, server_pid):
             results.append(result)
@@ -1035,10 +1138,16 @@ def main() -> int:
     status, conclusion = conclude(results, reason)
     print(f"\n{RULE}\n{conclusion} (seed {options.seed})")
     if options.json:
-        told = {"conclusion": conclusion, "seed": options.seed, "tests": [as_json(r) for r in results]}
+        told = {
+            "conclusion": conclusion,
+            "seed": options.seed,
+            "tests": [as_json(r) for r in results],
+        }
         options.json.write_text(json.dumps(told, indent=2))
     if options.report:
-        options.report.write_text(page(results, f"{conclusion} (seed {options.seed})"), encoding="utf-8")
+        options.report.write_text(
+            page(results, f"{conclusion} (seed {options.seed})"), encoding="utf-8"
+        )
     return status
 
 

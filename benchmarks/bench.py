@@ -30,8 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import db  # noqa: E402
-from benchmarks.report import Result, Run, machine, picture, summary, table  # noqa: E402
+import db
+from benchmarks.report import Result, Run, machine, picture, summary, table
 
 BODY = json.dumps({"customer_id": "customer_12345"})
 PLENTY = 1_000_000_000  # units
@@ -89,12 +89,17 @@ class Server:
         ask(self.store_url, "POST /reset", json.dumps({"stock": stock}))
 
     def is_consistent(self) -> bool:
-        return not self.subject.is_store or ask(self.store_url, "GET /audit")[1].get("consistent") is True
+        return (
+            not self.subject.is_store
+            or ask(self.store_url, "GET /audit")[1].get("consistent") is True
+        )
 
     def still_answers(self) -> bool:
         """One more request: wrk doesn't tell one refusal from another."""
         call = self.subject.call
-        return ask(self.url, call, BODY if call.startswith("POST") else None)[0] == self.subject.status
+        return (
+            ask(self.url, call, BODY if call.startswith("POST") else None)[0] == self.subject.status
+        )
 
 
 BARE = Subject("bare Flask route", "benchmarks.bare:app")
@@ -102,7 +107,13 @@ SELLING = Subject("selling")
 SOLD_OUT = Subject("sold out", stock=0, status=410)
 INVENTORY = Subject("GET /inventory", call="GET /inventory")
 RAW = Subject("raw SQLite, no HTTP", target="")
-SUBJECTS = {"bare": BARE, "selling": SELLING, "sold-out": SOLD_OUT, "inventory": INVENTORY, "raw": RAW}
+SUBJECTS = {
+    "bare": BARE,
+    "selling": SELLING,
+    "sold-out": SOLD_OUT,
+    "inventory": INVENTORY,
+    "raw": RAW,
+}
 GROWTH = [
     (replace(subject, name=f"{subject.name}, {few} stored", stored=few),
      replace(subject, name=f"{subject.name}, {MANY:,} stored", stored=MANY))
@@ -113,9 +124,11 @@ GROWTH = [
 def ask(url: str, call: str, body: str | None = None) -> tuple[int, Any]:
     method, path = call.split()
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url + path, body.encode() if body else None, headers, method=method)  # noqa: S310
+    request = urllib.request.Request(
+        url + path, body.encode() if body else None, headers, method=method
+    )
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -125,7 +138,7 @@ def ask(url: str, call: str, body: str | None = None) -> tuple[int, Any]:
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
     """A process of its own session: Ctrl-C reaches only this program, which then ends the others."""
-    process = subprocess.Popen(command, start_new_session=True, **options)  # noqa: S603
+    process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process
     finally:
@@ -138,13 +151,18 @@ def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Pope
 
 
 @contextmanager
-def started(command: Sequence[str], folder: Path, call: str, **environment: str) -> Iterator[tuple[str, int]]:
+def started(
+    command: Sequence[str], folder: Path, call: str, **environment: str
+) -> Iterator[tuple[str, int]]:
     """The URL and process id of a server on a free port, once it answers `call`."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
     env = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port), **environment}
-    with open(folder / "log", "wb") as log, running(command, env=env, stdout=log, stderr=log) as process:
+    with (
+        open(folder / "log", "wb") as log,
+        running(command, env=env, stdout=log, stderr=log) as process,
+    ):
         while time.monotonic() < give_up and process.poll() is None:
             with suppress(OSError):
                 if ask(url, call, BODY if call.startswith("POST") else None)[0] < 500:
@@ -166,7 +184,16 @@ def serving(subject: Subject, folder: Path, workers: int, store_url: str = "") -
         "WEB_CONCURRENCY": str(workers),
     }
     conf = str(ROOT / "gunicorn.conf.py")
-    command = [sys.executable, "-m", "gunicorn", "--chdir", str(ROOT), "--config", conf, subject.target]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "--chdir",
+        str(ROOT),
+        "--config",
+        conf,
+        subject.target,
+    ]
     call = "GET /health" if subject.target == SELLING.target else "POST /buy_ticket"
     with started(command, own, call, PYTHONPATH=str(ROOT), **environment) as (url, pid):
         yield Server(subject, url, pid, own, store_url or url)
@@ -186,14 +213,24 @@ def fill(database: Path, purchases: int) -> None:
         )
 
 
-def load(server: Server, seconds: int, connections: int, sample: Callable[[], object] = bool) -> Run:
+def load(
+    server: Server, seconds: int, connections: int, sample: Callable[[], object] = bool
+) -> Run:
     """One run of wrk; `sample` is called again and again meanwhile."""
     if server.subject.url:  # subjects that share a database
         server.reset(server.subject.stock)
     method, path = server.subject.call.split()
     script = server.folder / "wrk.lua"
     script.write_text(WRK_SCRIPT % (method, BODY if method == "POST" else ""))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), server.url + path]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "-s",
+        str(script),
+        server.url + path,
+    ]
     output = server.folder / "wrk.out"
     with open(output, "wb") as file, running(command, stdout=file) as wrk:
         while wrk.poll() is None:
@@ -238,12 +275,16 @@ def burst(server: Server, connections: int) -> Run:
     ends_s, statuses = crowd(int(server.url.rpartition(":")[2]), connections)
     times_ms = [1000 * (end - begin) for end in ends_s] or [1000 * BURST_LIMIT_S]
     as_expected = min(statuses[b"200"], sold) + min(statuses[b"410"], connections - sold)
-    return summary(times_ms, max(times_ms) / 1000, connections - as_expected, server.is_consistent())
+    return summary(
+        times_ms, max(times_ms) / 1000, connections - as_expected, server.is_consistent()
+    )
 
 
 def crowd(port: int, connections: int) -> tuple[list[float], "Counter[bytes]"]:
     """When each connection ended, and how often each status was given (b"": none)."""
-    head = f"POST /buy_ticket HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /buy_ticket HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    )
     request = f"{head}Content-Length: {len(BODY)}\r\n\r\n{BODY}".encode()
     ends_s, statuses, give_up = [], Counter[bytes](), time.monotonic() + BURST_LIMIT_S
     buyers: dict[int, socket.socket] = {}
@@ -259,7 +300,9 @@ def crowd(port: int, connections: int) -> tuple[list[float], "Counter[bytes]"]:
                 received = talk(key, request)
                 if received is None:
                     selector.unregister(key.fileobj)
-                    buyers[key.fd].close()  # gunicorn waits for that before its worker serves the next
+                    buyers[
+                        key.fd
+                    ].close()  # gunicorn waits for that before its worker serves the next
                     ends_s.append(time.perf_counter())
                     statuses[key.data[9:12]] += 1
                 else:
@@ -283,7 +326,9 @@ def start_up(folder: Path) -> Run:
     """`python app.py` in a fresh folder, until the first purchase is answered."""
     fresh, begin = Path(tempfile.mkdtemp(dir=folder)), time.perf_counter()
     command = [sys.executable, str(ROOT / "app.py")]
-    with started(command, fresh, "POST /buy_ticket", DATABASE_URL=f"sqlite:///{fresh}/bench.db") as (url, _):
+    with started(
+        command, fresh, "POST /buy_ticket", DATABASE_URL=f"sqlite:///{fresh}/bench.db"
+    ) as (url, _):
         took_s = time.perf_counter() - begin
         return summary([1000 * took_s], took_s, 0, ask(url, "GET /audit")[1]["consistent"] is True)
 
@@ -297,7 +342,7 @@ def long_sale(folder: Path, options: argparse.Namespace) -> tuple[list[Result], 
         server.still_answers()
         before = memory(server.pid)
         while len(runs) < LONG_SALE_SLICES_MAX:
-            sample = lambda: wal_bytes.append(max(wal_bytes.pop(), wal.stat().st_size))  # noqa: E731
+            sample = lambda: wal_bytes.append(max(wal_bytes.pop(), wal.stat().st_size))
             runs.append(load(server, options.slice, LONG_SALE_CONNECTIONS, sample))
             sold = ask(server.url, "GET /audit")[1]["purchase_records"]
             if sold >= options.purchases and len(runs) >= LONG_SALE_SLICES_MIN:
@@ -324,7 +369,10 @@ def memory(pid: int) -> str:
 
 
 def take_turns(
-    subjects: Sequence[Subject], folder: Path, options: argparse.Namespace, measure: Callable[[Server], Run]
+    subjects: Sequence[Subject],
+    folder: Path,
+    options: argparse.Namespace,
+    measure: Callable[[Server], Run],
 ) -> list[Result]:
     """Start all subjects, then measure one after another, round by round; compared with the first."""
     runs: dict[str, list[Run]] = {subject.name: [] for subject in subjects}
@@ -332,9 +380,13 @@ def take_turns(
         servers: list[Server] = []
         for subject in [one for one in subjects if one.target]:
             same = [
-                server.store_url for server in servers if subject.url and server.subject.url == subject.url
+                server.store_url
+                for server in servers
+                if subject.url and server.subject.url == subject.url
             ]
-            servers.append(stack.enter_context(serving(subject, folder, options.workers, *same[:1])))
+            servers.append(
+                stack.enter_context(serving(subject, folder, options.workers, *same[:1]))
+            )
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}: {'; '.join(runs)}", file=sys.stderr)
             for server in servers:
@@ -346,10 +398,14 @@ def take_turns(
 
 
 def on_postgresql(url: str) -> list[Subject]:
-    subjects = [replace(one, name=f"{one.name}, PostgreSQL", url=url) for one in (SELLING, SOLD_OUT)]
+    subjects = [
+        replace(one, name=f"{one.name}, PostgreSQL", url=url) for one in (SELLING, SOLD_OUT)
+    ]
     if (ROOT / "benchmarks/select_for_update.py").exists():
         target = "benchmarks.select_for_update:app"
-        subjects.append(replace(SELLING, name="SELECT FOR UPDATE, PostgreSQL", target=target, url=url))
+        subjects.append(
+            replace(SELLING, name="SELECT FOR UPDATE, PostgreSQL", target=target, url=url)
+        )
     return subjects
 
 
@@ -387,11 +443,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=4)
     add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="of the group load")
     add("--groups", nargs="+", choices=GROUPS, default=DEFAULT_GROUPS)
-    add("--all", dest="groups", action="store_const", const=GROUPS, help="all groups, about ten minutes")
+    add(
+        "--all",
+        dest="groups",
+        action="store_const",
+        const=GROUPS,
+        help="all groups, about ten minutes",
+    )
     add("--bursts", nargs="+", type=int, default=[1_000, 10_000], help="connections at once")
     add("--purchases", type=int, default=100_000, help="of the group long, at least")
-    add("--slice", type=int, default=LONG_SALE_SLICE_S, help="seconds between the audits of the group long")
-    add("--postgresql", metavar="URL", help="postgresql://...: measure on that server too; it is emptied")
+    add(
+        "--slice",
+        type=int,
+        default=LONG_SALE_SLICE_S,
+        help="seconds between the audits of the group long",
+    )
+    add(
+        "--postgresql",
+        metavar="URL",
+        help="postgresql://...: measure on that server too; it is emptied",
+    )
     add("--folder", type=Path, help="where the databases are put (default: the temporary folder)")
     add("--json", type=Path, metavar="FILE", help="all figures, of each round")
     add("--picture", type=Path, metavar="FILE.svg")

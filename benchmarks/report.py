@@ -78,7 +78,9 @@ def table(results: Sequence[Result], facts: dict[str, str]) -> str:
         cells = [f"{now['requests_per_s']:,.0f}", f"{now['ratio']:.2f}", f"{now['p50_ms']:.1f}",
                  f"{now['p99_ms']:.1f}", f"{now['p99_ratio']:.2f}",
                  f"{now['worst_ms']:.0f}", f"{now['worst_ratio']:.2f}", str(now["errors"])]  # fmt: skip
-        lines.append(f"| {one.name} | {' | '.join(cells if one.valid else ['void'] * len(cells))} |")
+        lines.append(
+            f"| {one.name} | {' | '.join(cells if one.valid else ['void'] * len(cells))} |"
+        )
     return "\n".join([*lines, "", *(f"- {name}: {fact}" for name, fact in facts.items())])
 
 

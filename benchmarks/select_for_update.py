@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from backends.postgres_connections import Connection, Connections
 
 LOCK_TIMEOUT_S = 5.0
-LOCK_ROW = "BEGIN; SELECT stock FROM inventory WHERE item_id = 1 FOR UPDATE"  # together: one round trip
-TAKE_UNIT = "UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp() WHERE item_id = 1"
+LOCK_ROW = (
+    "BEGIN; SELECT stock FROM inventory WHERE item_id = 1 FOR UPDATE"  # together: one round trip
+)
+TAKE_UNIT = (
+    "UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp() WHERE item_id = 1"
+)
 RECORD_PURCHASE = """
     INSERT INTO purchases (item_id, customer_id, remaining_stock) VALUES (1, %s, %s) RETURNING purchase_id"""
 

@@ -43,7 +43,9 @@ CREATE TABLE IF NOT EXISTS purchase (
 """
 
 Answer = tuple[dict[str, Any], int]
-dice = random.SystemRandom()  # workers are forked: a seeded generator would roll alike in all of them
+dice = (
+    random.SystemRandom()
+)  # workers are forked: a seeded generator would roll alike in all of them
 
 
 def connect() -> sqlite3.Connection:
@@ -84,7 +86,10 @@ def buy(db: sqlite3.Connection, key: str | None, fault: str) -> Answer:
     known = db.execute(asked, (key,)).fetchone()
     stock = stock_of(db)
     if known and fault != "sells_again":
-        answer: Answer = {"success": True, "remaining_stock": known[1], "purchase_id": known[0]}, 200
+        answer: Answer = (
+            {"success": True, "remaining_stock": known[1], "purchase_id": known[0]},
+            200,
+        )
     elif stock <= 0 and fault != "no_recheck":
         answer = SOLD_OUT
         if unlucky and fault == "after_sell_out":
@@ -148,7 +153,9 @@ class Server(BaseApplication):  # type: ignore[misc]
         super().__init__()
 
     def load_config(self) -> None:
-        self.cfg.set("bind", f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}")
+        self.cfg.set(
+            "bind", f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}"
+        )
         self.cfg.set("workers", int(os.environ.get("WEB_CONCURRENCY", "4")))
         self.cfg.set("control_socket_disable", True)
 

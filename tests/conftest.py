@@ -41,7 +41,9 @@ def open_store(store_url: str) -> Iterator[OpenStore]:
     opened = []
 
     def open_again(stock: int = 5, lock_timeout_s: float = 5.0) -> Any:
-        store = db.open_store(store_url, "Concert", stock, lock_timeout_s)
+        from app import open_store
+
+        store = open_store(store_url, "Concert", stock, lock_timeout_s)
         opened.append(store)
         store.create()
         return store
@@ -59,7 +61,7 @@ def make_app(database: Path) -> Iterator[Callable[..., Flask]]:
 
     def make(**config: Any) -> Flask:
         defaults = {"DATABASE_URL": f"sqlite:///{database}", "INITIAL_STOCK": 5, "ALLOW_RESET": 1}
-        made.append(create_app(defaults | config))
+        made.append(create_app(**(defaults | config)))
         return made[-1]
 
     yield make

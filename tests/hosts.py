@@ -54,7 +54,10 @@ class Network:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.remove()
 
@@ -118,7 +121,9 @@ def _enter(namespace: IO[Any]) -> None:
 class AppHost(Service):
     """gunicorn on one host of the network."""
 
-    def __init__(self, folder: Path, network: Network, name: str, port: int, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, network: Network, name: str, port: int, **variables: str
+    ) -> None:
         command = (*network.prefix(name), sys.executable, "-m", "gunicorn", "app:app")
         address = network.address(name)
         super().__init__(folder, *command, cwd=PROJECT, HOST=address, PORT=str(port), **variables)
@@ -163,7 +168,10 @@ class Buyers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._over.set()
         self._pool.shutdown()
@@ -185,7 +193,9 @@ class Buyers:
             places = [a.process for a in recent if a.status == SOLD and a.start > now]
             return places.count(self.urls.index(url)) if url else len(places)
 
-        wait_until(lambda: sold() >= wanted, PATIENCE_S, f"no {wanted} sales at {url or 'all hosts'}")
+        wait_until(
+            lambda: sold() >= wanted, PATIENCE_S, f"no {wanted} sales at {url or 'all hosts'}"
+        )
 
     def wait_until_sold_out(self) -> None:
         wait_until(lambda: all(job.done() for job in self._jobs[:-1]), PATIENCE_S, "not sold out")
@@ -205,7 +215,9 @@ class Buyers:
             unclear = unclear or status != BUSY
             number += not unclear
             time.sleep(proof.RETRY_SLEEP_S)
-        raise AssertionError(f"{customer} was neither sold a ticket nor told SOLD OUT in {PATIENCE_S} s")
+        raise AssertionError(
+            f"{customer} was neither sold a ticket nor told SOLD OUT in {PATIENCE_S} s"
+        )
 
     def _ask(self, thread: int, customer: str, key: str) -> int:
         place = random.randrange(len(self.urls))
@@ -227,7 +239,9 @@ class Buyers:
         stored = cluster.sql(query, database).splitlines()
         acknowledged = {"|".join(map(str, purchase)) for purchase in sold}
         assert not acknowledged - set(stored), f"lost: {acknowledged - set(stored)}"
-        assert not set(stored) - acknowledged, f"stored, and no buyer knows: {set(stored) - acknowledged}"
+        assert not set(stored) - acknowledged, (
+            f"stored, and no buyer knows: {set(stored) - acknowledged}"
+        )
         assert len({customer for customer, *_ in sold}) == len(sold) == len(stored)
         audit = wait_until(Api(self.urls[0]).audit, PATIENCE_S, "GET /audit gives no figures")
         assert audit is not None

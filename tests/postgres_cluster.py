@@ -47,10 +47,14 @@ log_line_prefix = '%m [%p] '
 def binaries() -> Path | None:
     """The folder of the newest PostgreSQL server on this machine; None if there is none."""
     found = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]), reverse=True
+        Path("/usr/lib/postgresql").glob("*/bin/postgres"),
+        key=lambda path: int(path.parts[-3]),
+        reverse=True,
     )
     on_path = [Path(path) for path in [shutil.which("postgres")] if path]
-    return next((path.parent for path in [*found, *on_path] if (path.parent / "initdb").exists()), None)
+    return next(
+        (path.parent for path in [*found, *on_path] if (path.parent / "initdb").exists()), None
+    )
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -71,7 +75,9 @@ class Cluster:
         self.settings = settings
         self.prefix = list(prefix)
         self.process: subprocess.Popen[bytes] | None = None
-        self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path has to be short
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="pg-", dir="/tmp")
+        )  # a socket's path has to be short
         self.data = self.folder / "data"
         self.log = self.folder / "log"
         if os.geteuid() == 0:
@@ -87,7 +93,10 @@ class Cluster:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.remove()
 
@@ -97,7 +106,9 @@ class Cluster:
         password_file.write_text(PASSWORD, encoding="ascii")
         password_file.chmod(0o644)
         auth = ["--auth-host=scram-sha-256", "--auth-local=trust", f"--pwfile={password_file}"]
-        self.run("initdb", "-D", self.data, "-U", ROLE, "--locale=C", "-E", "UTF8", "--no-sync", *auth)
+        self.run(
+            "initdb", "-D", self.data, "-U", ROLE, "--locale=C", "-E", "UTF8", "--no-sync", *auth
+        )
         with (self.data / "pg_hba.conf").open("a") as rules:
             rules.write("host all,replication all 0.0.0.0/0 scram-sha-256\n")
         self._configure()
@@ -106,14 +117,22 @@ class Cluster:
         """A copy of this server that streams from it as `name`; not started yet."""
         copy = Cluster(self.settings, **place)
         source = f"host={self.host} port={self.port} user={ROLE} password={PASSWORD} application_name={name}"
-        self.run("pg_basebackup", "-D", copy.data, "-d", source, "-R", "-X", "stream", "-c", "fast", "-N")
+        self.run(
+            "pg_basebackup", "-D", copy.data, "-d", source, "-R", "-X", "stream", "-c", "fast", "-N"
+        )
         copy._configure()
         return copy
 
     def start(self) -> None:
         """Start the server and wait until it takes connections."""
         with self.log.open("ab") as log:
-            command = [*self.prefix, *_as_unprivileged_user(), str(_binary("postgres")), "-D", str(self.data)]
+            command = [
+                *self.prefix,
+                *_as_unprivileged_user(),
+                str(_binary("postgres")),
+                "-D",
+                str(self.data),
+            ]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
@@ -134,7 +153,9 @@ class Cluster:
         if self.process is None or self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGSTOP)  # no new backend in between
-        backends = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        backends = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         for pid in [self.process.pid, *map(int, backends)]:
             os.kill(pid, signal.SIGKILL)
         self.process.wait(STOP_TIMEOUT_S)
@@ -156,7 +177,9 @@ class Cluster:
 
     def url(self, database: str = "postgres", **parameters: str) -> str:
         query = "&".join(f"{name}={value}" for name, value in parameters.items())
-        return f"postgresql://{ROLE}:{PASSWORD}@{self.host}:{self.port}/{database}" + (query and f"?{query}")
+        return f"postgresql://{ROLE}:{PASSWORD}@{self.host}:{self.port}/{database}" + (
+            query and f"?{query}"
+        )
 
     def create_database(self, name: str) -> str:
         """Its URL."""
@@ -166,18 +189,27 @@ class Cluster:
     def sql(self, statement: str, database: str = "postgres") -> str:
         """What psql prints for a statement, over the unix socket; bounded, and without psycopg."""
         place = ["-h", self.folder, "-p", self.port, "-U", ROLE, "-d", database]
-        return self.run("psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *place, "-c", statement)
+        return self.run(
+            "psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *place, "-c", statement
+        )
 
     def run(self, program: str, *arguments: object) -> str:
         """A program of PostgreSQL's, as the server's user; its output."""
-        command = [*self.prefix, *_as_unprivileged_user(), str(_binary(program)), *map(str, arguments)]
+        command = [
+            *self.prefix,
+            *_as_unprivileged_user(),
+            str(_binary(program)),
+            *map(str, arguments),
+        ]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
     def _configure(self) -> None:
-        settings = SETTINGS.format(host=self.host, port=self.port, folder=self.folder) + self.settings
+        settings = (
+            SETTINGS.format(host=self.host, port=self.port, folder=self.folder) + self.settings
+        )
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.write(settings)
 
@@ -190,7 +222,9 @@ class Cluster:
                 lines = (self.data / "postmaster.pid").read_text().splitlines()
             except FileNotFoundError:
                 lines = []
-            if lines[:1] == [str(self.process.pid)] and re.match("ready|standby", " ".join(lines[7:])):
+            if lines[:1] == [str(self.process.pid)] and re.match(
+                "ready|standby", " ".join(lines[7:])
+            ):
                 return
             time.sleep(POLL_S)
         raise RuntimeError(f"PostgreSQL doesn't start: {self.log.read_text()[-2000:]}")
@@ -229,7 +263,11 @@ def reason_to_skip() -> str:
     """Why the PostgreSQL tests can't run here; "" if they can. In CI that is a failure, not a reason."""
     if not (Path(__file__).parent.parent / "backends").exists():
         return "backends/ was deleted: SQLite only"
-    reason = "" if binaries() else "no PostgreSQL server on this machine (Debian: apt-get install postgresql)"
+    reason = (
+        ""
+        if binaries()
+        else "no PostgreSQL server on this machine (Debian: apt-get install postgresql)"
+    )
     if not all(importlib.util.find_spec(name) for name in ("psycopg", "psycopg_pool")):
         reason = "psycopg is not installed (pip install -r backends/requirements.txt)"
     if reason and os.environ.get("CI"):

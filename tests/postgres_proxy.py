@@ -13,7 +13,9 @@ CHUNK_BYTES = 65536
 class Proxy:
     """Forwards connections to a port; each fault holds until it is lifted. `with` opens and closes it."""
 
-    def __init__(self, target_port: int, target_host: str = "127.0.0.1", delay_s: float = 0.0) -> None:
+    def __init__(
+        self, target_port: int, target_host: str = "127.0.0.1", delay_s: float = 0.0
+    ) -> None:
         """`delay_s`: added to everything that is sent in either direction."""
         self.target = (target_host, target_port)
         self.delay_s = delay_s
@@ -29,7 +31,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 

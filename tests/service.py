@@ -69,8 +69,18 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without the service's own variables, then `variables`."""
-    own = ("DATABASE_URL", "ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "ALLOW_RESET", "HOST", "PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in (*own, "WEB_CONCURRENCY")}
+    own = (
+        "DATABASE_URL",
+        "ITEM_NAME",
+        "INITIAL_STOCK",
+        "LOCK_TIMEOUT",
+        "ALLOW_RESET",
+        "HOST",
+        "PORT",
+    )
+    kept = {
+        name: value for name, value in os.environ.items() if name not in (*own, "WEB_CONCURRENCY")
+    }
     return kept | variables
 
 
@@ -90,7 +100,9 @@ def run_to_end(command: Sequence[str], **variables: str) -> subprocess.Completed
 class Service:
     """`gunicorn app:app` (or another command) on a free port; `with` stops it as SIGTERM does."""
 
-    def __init__(self, folder: Path, *command: str, cwd: str | Path = PROJECT, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, *command: str, cwd: str | Path = PROJECT, **variables: str
+    ) -> None:
         self.port = int(variables.get("PORT", 0)) or free_port()
         self.url = f"http://{variables.get('HOST', '127.0.0.1')}:{self.port}"
         self.log_file = folder / f"service-{self.port}.log"
@@ -122,7 +134,10 @@ class Service:
         raise AssertionError(f"the service did not start:\n{self.log}")
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self.process.poll() is None:
             self.stop(signal.SIGTERM)
@@ -168,7 +183,9 @@ def parse_answer(raw: bytes) -> Answer:
     lines = head.decode("latin-1").split("\r\n")
     if not lines[0].startswith("HTTP/1.1 "):
         return Answer(0, {}, raw.decode("utf-8", "replace"))
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+    headers = {
+        name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])
+    }
     if len(body) != int(headers["content-length"]):
         return Answer(0, {}, f"incomplete: {raw!r}")
     return Answer(int(lines[0].split()[1]), headers, body.decode("utf-8"))

@@ -34,9 +34,12 @@ def test_without_a_customer_the_guest_buys(
 
 
 @pytest.mark.parametrize(
-    "customer_id", ["x", "x" * 128, "customer_12345", " ", "Zoë", "東京", "🎫" * 128, "\u2028", "{}", "null"]
+    "customer_id",
+    ["x", "x" * 128, "customer_12345", " ", "Zoë", "東京", "🎫" * 128, "\u2028", "{}", "null"],
 )
-def test_a_customer_id_of_1_to_128_characters_buys(client: Client, rows: Rows, customer_id: str) -> None:
+def test_a_customer_id_of_1_to_128_characters_buys(
+    client: Client, rows: Rows, customer_id: str
+) -> None:
     assert client.post("/buy_ticket", json={"customer_id": customer_id}).status_code == 200
     body = json.dumps({"customer_id": customer_id}, ensure_ascii=False).encode()
     assert client.post("/buy_ticket", data=body, content_type=JSON).status_code == 200
@@ -44,7 +47,8 @@ def test_a_customer_id_of_1_to_128_characters_buys(client: Client, rows: Rows, c
 
 
 @pytest.mark.parametrize(
-    "ignored", ["[" * 99 + "]" * 99, "[" + "{}," * 5_000 + "{}]", '"' + "[" * 9_000 + '"', '["\\"[{", "]"]']
+    "ignored",
+    ["[" * 99 + "]" * 99, "[" + "{}," * 5_000 + "{}]", '"' + "[" * 9_000 + '"', '["\\"[{", "]"]'],
 )
 def test_what_is_ignored_may_be_long_and_nested_up_to_100_deep(
     client: Client, rows: Rows, ignored: str
@@ -76,7 +80,9 @@ def test_of_duplicate_members_the_last_one_counts(client: Client, rows: Rows) ->
         *("", "x" * 129, "a\x00b", "\n", "tab\t", "\x7f", "\x85", "\x1b[31m"),
     ],
 )
-def test_a_customer_id_that_is_none_is_answered_400(client: Client, rows: Rows, customer_id: Any) -> None:
+def test_a_customer_id_that_is_none_is_answered_400(
+    client: Client, rows: Rows, customer_id: Any
+) -> None:
     answer = client.post("/buy_ticket", json={"customer_id": customer_id})
     assert (answer.status_code, answer.json["success"]) == (400, False)
     assert "string of 1 to 128 characters" in answer.json["message"]
@@ -118,7 +124,9 @@ def test_a_customer_id_that_is_none_is_answered_400(client: Client, rows: Rows, 
         b"customer_id=alice",
     ],
 )
-def test_a_body_that_is_no_json_object_is_answered_400(client: Client, rows: Rows, body: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_answered_400(
+    client: Client, rows: Rows, body: bytes
+) -> None:
     answer = client.post("/buy_ticket", data=body, content_type=JSON)
     assert (answer.status_code, answer.content_type) == (400, JSON)
     assert answer.json["success"] is False
@@ -149,7 +157,9 @@ def test_a_reset_with_such_a_body_changes_nothing(client: Client, rows: Rows, bo
         "é",
     ],
 )
-def test_a_body_of_another_type_is_answered_415(client: Client, rows: Rows, content_type: str | None) -> None:
+def test_a_body_of_another_type_is_answered_415(
+    client: Client, rows: Rows, content_type: str | None
+) -> None:
     answer = client.post("/buy_ticket", data=b'{"customer_id": "alice"}', content_type=content_type)
     assert (answer.status_code, answer.json["success"]) == (415, False)
     assert "Content-Type: application/json" in answer.json["message"]
@@ -158,7 +168,9 @@ def test_a_body_of_another_type_is_answered_415(client: Client, rows: Rows, cont
 
 @pytest.mark.parametrize("size", [16 * 1024 + 1, 1_000_000])
 @pytest.mark.parametrize("path", ["/buy_ticket", "/reset"])
-def test_a_body_that_is_too_large_is_answered_413(client: Client, rows: Rows, path: str, size: int) -> None:
+def test_a_body_that_is_too_large_is_answered_413(
+    client: Client, rows: Rows, path: str, size: int
+) -> None:
     body = b'{"customer_id": "alice"}'.ljust(size)
     answer = client.post(path, data=body, content_type=JSON)
     assert (answer.status_code, answer.json["success"]) == (413, False)
@@ -185,13 +197,19 @@ def test_a_chunked_body_is_answered_411(client: Client, rows: Rows) -> None:
     assert rows() == (5, [])
 
 
-@pytest.mark.parametrize("key", ["a", "k" * 255, "!~", '"quoted"', "8e03978e-40d5-43e8-bc93-6894a57f9324"])
-def test_a_key_of_1_to_255_visible_characters_is_accepted(client: Client, rows: Rows, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["a", "k" * 255, "!~", '"quoted"', "8e03978e-40d5-43e8-bc93-6894a57f9324"]
+)
+def test_a_key_of_1_to_255_visible_characters_is_accepted(
+    client: Client, rows: Rows, key: str
+) -> None:
     assert client.post("/buy_ticket", headers={"Idempotency-Key": key}).status_code == 200
     assert rows() == (4, [("guest", key, 4)])
 
 
-@pytest.mark.parametrize("key", ["", " ", "k" * 256, "two words", "tab\there", "\x7f", "schlüssel", "\x01"])
+@pytest.mark.parametrize(
+    "key", ["", " ", "k" * 256, "two words", "tab\there", "\x7f", "schlüssel", "\x01"]
+)
 def test_any_other_key_is_answered_400(client: Client, rows: Rows, key: str) -> None:
     answer = client.post("/buy_ticket", headers={"Idempotency-Key": key})
     assert (answer.status_code, answer.json["success"]) == (400, False)
@@ -206,7 +224,9 @@ def test_bad_input_is_told_so_after_the_sell_out_too(client: Client, rows: Rows)
 
 
 @pytest.mark.parametrize("length", ["abc", "1.5", "0x2", "-1", "9" * 5_000])
-def test_a_content_length_that_is_no_number_is_refused(client: Client, rows: Rows, length: str) -> None:
+def test_a_content_length_that_is_no_number_is_refused(
+    client: Client, rows: Rows, length: str
+) -> None:
     answer = client.post("/buy_ticket", environ_overrides={"CONTENT_LENGTH": length})
     assert answer.status_code == 400
     assert answer.json["message"] == "Content-Length has to be a whole number of bytes."

@@ -48,12 +48,18 @@ def test_a_burst_sells_the_stock_and_refuses_everybody_else(tmp_path: Path) -> N
     assert figures["burst of 150, bare Flask route"]["errors"] == 0
 
 
-def test_a_start_and_a_long_sale_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, figures = measure(tmp_path, "--groups", "start", "long", "--slice", "1", "--purchases", "1")
+def test_a_start_and_a_long_sale_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, figures = measure(
+        tmp_path, "--groups", "start", "long", "--slice", "1", "--purchases", "1"
+    )
     assert status == 0
     assert figures["python app.py to the first purchase"]["worst_ms"] > 0
     printed = capsys.readouterr().out
-    assert re.search(r"largest worker after [\d,]+ purchases: Rss [\d.]+ MiB, Pss [\d.]+ MiB", printed)
+    assert re.search(
+        r"largest worker after [\d,]+ purchases: Rss [\d.]+ MiB, Pss [\d.]+ MiB", printed
+    )
     assert re.search(r"largest WAL meanwhile: (?!0\.0)[\d.]+ MiB", printed)
 
 

@@ -24,7 +24,9 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 @pytest.mark.parametrize("buyers", [1_000, 10_000])
 def test_a_crowd_buys_each_of_100_tickets_once(service: Service, buyers: int) -> None:
-    answers = send_at_once(service.port, [purchase_request(f"c{number}") for number in range(buyers)])
+    answers = send_at_once(
+        service.port, [purchase_request(f"c{number}") for number in range(buyers)]
+    )
     assert Counter(answer.text for answer in answers if answer.status == 0) == {}
     assert Counter(answer.status for answer in answers) == {200: 100, 410: buyers - 100}
     sold = [answer.json for answer in answers if answer.status == 200]
@@ -91,7 +93,9 @@ def test_workers_killed_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -> N
         answers: list[Answer] = []
         selling = threading.Thread(
             target=lambda: answers.extend(
-                send_at_once(service.port, [purchase_request("alice", f"key-{n}") for n in range(1_500)])
+                send_at_once(
+                    service.port, [purchase_request("alice", f"key-{n}") for n in range(1_500)]
+                )
             )
         )
         selling.start()

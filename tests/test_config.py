@@ -31,7 +31,9 @@ def test_without_variables_the_defaults_hold() -> None:
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    assert app_module.read_config(dict.fromkeys(app_module.NUMBERS, "")) == app_module.read_config({})
+    assert app_module.read_config(dict.fromkeys(app_module.NUMBERS, "")) == app_module.read_config(
+        {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_a_start_with_such_a_value_ends_with_one_clear_line(
 def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Flask], timeout: str
 ) -> None:
-    monkeypatch.setattr(app_module, "app", make_app(LOCK_TIMEOUT=timeout, HOST="127.0.0.2", PORT=1234))
+    monkeypatch.setattr(
+        app_module, "app", make_app(LOCK_TIMEOUT=timeout, HOST="127.0.0.2", PORT=1234)
+    )
     conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
     assert conf["timeout"] >= math.ceil(float(timeout)) + 20
     assert isinstance(conf["timeout"], int)

@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from flask.testing import FlaskClient
-from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -40,7 +43,9 @@ ANSWER = f"{BUY} .live-responses-table .response"
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service(tmp_path_factory.mktemp("docs"), WEB_CONCURRENCY="8", INITIAL_STOCK="5") as running:
+    with Service(
+        tmp_path_factory.mktemp("docs"), WEB_CONCURRENCY="8", INITIAL_STOCK="5"
+    ) as running:
         yield running
 
 
@@ -82,7 +87,11 @@ def click(browser: Chrome, selector: str) -> None:
 def read(browser: Chrome, selector: str) -> str:
     """The element's text, once it is there."""
     locator = (By.CSS_SELECTOR, selector)
-    return WebDriverWait(browser, PAGE_LIMIT_S).until(expected.visibility_of_element_located(locator)).text
+    return (
+        WebDriverWait(browser, PAGE_LIMIT_S)
+        .until(expected.visibility_of_element_located(locator))
+        .text
+    )
 
 
 def shown_paths(browser: Chrome) -> set[str]:
@@ -94,7 +103,9 @@ def requested_hosts(browser: Chrome) -> set[str]:
     """Hosts of all requests that left the browser since it started."""
     log = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]  # type: ignore[no-untyped-call]
     sent = [
-        entry["params"]["request"]["url"] for entry in log if entry["method"] == "Network.requestWillBeSent"
+        entry["params"]["request"]["url"]
+        for entry in log
+        if entry["method"] == "Network.requestWillBeSent"
     ]
     return {urlsplit(url).netloc for url in sent if urlsplit(url).scheme not in ("data", "chrome")}
 
@@ -113,7 +124,9 @@ def try_out(browser: Chrome, service: Service) -> int:
     return int(read(browser, f"{ANSWER} .response-col_status").split()[0])
 
 
-def test_a_ticket_can_be_bought_on_the_page(browser: Chrome, service: Service, tmp_path: Path) -> None:
+def test_a_ticket_can_be_bought_on_the_page(
+    browser: Chrome, service: Service, tmp_path: Path
+) -> None:
     service.reset(5)
     assert try_out(browser, service) == 200
     browser.save_screenshot(str(tmp_path / "bought.png"))
@@ -137,14 +150,18 @@ def test_the_page_shows_a_sold_out_sale_as_410(browser: Chrome, service: Service
     assert "SOLD OUT" in read(browser, f"{ANSWER} .response-col_description")
 
 
-def test_the_page_names_no_other_host_not_even_the_one_it_was_asked_for(client: FlaskClient) -> None:
+def test_the_page_names_no_other_host_not_even_the_one_it_was_asked_for(
+    client: FlaskClient,
+) -> None:
     page = client.get("/docs", headers={"Host": 'evil.test"</script>'})
     assert (page.status_code, page.content_type) == (200, "text/html; charset=utf-8")
     assert "evil" not in page.text
     assert "://" not in page.text
 
 
-@pytest.mark.parametrize("name", ["index.css", "swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png"])
+@pytest.mark.parametrize(
+    "name", ["index.css", "swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png"]
+)
 def test_the_page_is_made_of_files_of_this_service(client: FlaskClient, name: str) -> None:
     assert f'"/docs/{name}"' in client.get("/docs").text
     with client.get(f"/docs/{name}") as answer:
@@ -153,7 +170,13 @@ def test_the_page_is_made_of_files_of_this_service(client: FlaskClient, name: st
 
 @pytest.mark.parametrize(
     "path",
-    ["/docs/../app.py", "/docs/%2e%2e/%2e%2e/app.py", "/docs//etc/passwd", "/docs/..%5capp.py", "/docs/%00"],
+    [
+        "/docs/../app.py",
+        "/docs/%2e%2e/%2e%2e/app.py",
+        "/docs//etc/passwd",
+        "/docs/..%5capp.py",
+        "/docs/%00",
+    ],
 )
 def test_no_other_file_can_be_had_below_docs(client: FlaskClient, path: str) -> None:
     answer = client.get(path)

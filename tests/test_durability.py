@@ -83,7 +83,9 @@ def traced(folder: Path, *command: str, stock: int, workers: int) -> Iterator[tu
     ) as service:
         yield service, trace
     end = re.compile(rf"^{service.process.pid} +\+\+\+ exited", re.MULTILINE)
-    wait_until(lambda: end.search(trace.read_text()[-2000:]), TRACE_LIMIT_S, "the trace is not complete")
+    wait_until(
+        lambda: end.search(trace.read_text()[-2000:]), TRACE_LIMIT_S, "the trace is not complete"
+    )
 
 
 def calls(trace: Path) -> Iterator[Call]:
@@ -113,7 +115,12 @@ def steps(trace: Path) -> Iterator[str]:
     for call in calls(trace):
         if call.name == "pwrite64" and call.path.endswith("-wal") and call.ended:
             yield "write"
-        elif call.name == "fcntl" and call.path.endswith("-shm") and call.ended and WRITE_LOCK in call.text:
+        elif (
+            call.name == "fcntl"
+            and call.path.endswith("-shm")
+            and call.ended
+            and WRITE_LOCK in call.text
+        ):
             yield "unlock" if "F_UNLCK" in call.text else "lock"
         elif call.name in ("fdatasync", "fsync") and call.path.endswith("-wal") and call.succeeded:
             yield "flush"
@@ -148,7 +155,9 @@ class File:
     """What programs see, and what would be there after a power cut."""
 
     def __init__(self) -> None:
-        self.changes: list[tuple[int, bytes | None]] = []  # not flushed yet: (offset, data) or (size, None)
+        self.changes: list[
+            tuple[int, bytes | None]
+        ] = []  # not flushed yet: (offset, data) or (size, None)
         self.forgotten = 0  # changes that were flushed
         self.flushed = bytearray()
 
@@ -240,7 +249,9 @@ class Disk:
 def sell_under_trace(folder: Path, change: str, sales: int = 150) -> Path:
     """Three workers sell concurrently, with a checkpoint every 20 sales."""
     # strace slows everything down: a checkpoint gets the time it needs to happen.
-    command = patched(f"import db; db.CHECKPOINT_EVERY = 20; db.CHECKPOINT_PATIENCE_S = 10\n{change}")
+    command = patched(
+        f"import db; db.CHECKPOINT_EVERY = 20; import sqlite.wal; sqlite.wal.CHECKPOINT_PATIENCE_S = 10\n{change}"
+    )
     with traced(folder, *command, stock=sales, workers=3) as (service, trace):
         requests_ = [purchase_request("alice", f"key-{number}") for number in range(sales)]
         answers = send_at_once(service.port, requests_)
@@ -297,8 +308,8 @@ def test_no_power_cut_takes_back_an_acknowledged_purchase(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "sabotage",
     [
-        "db.SQLiteStore._flush = lambda self, reader: None",
-        "db.SET_SYNCHRONOUS = 'PRAGMA synchronous = OFF'",
+        "import sqlite.wal; sqlite.wal.WalDatabase.flush = lambda self, reader: None",
+        "db.SET_SYNCHRONOUS = sqlite.wal.SET_SYNCHRONOUS = 'PRAGMA synchronous = OFF'",
     ],
     ids=["before the answer", "by a checkpoint"],
 )
@@ -311,8 +322,19 @@ def test_the_simulated_power_cut_notices_a_missing_flush(tmp_path: Path, sabotag
 def failing(service: Service, path: Path, inject: str) -> Iterator[None]:
     """The one worker's calls on `path` fail, in the kernel's name, as `inject` says."""
     need(shutil.which("strace"), "strace is not installed (apt-get install strace)")
-    command = ("strace", "-f", "-p", str(service.workers()[0]), "-P", str(path), "-e", f"inject={inject}")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as strace:
+    command = (
+        "strace",
+        "-f",
+        "-p",
+        str(service.workers()[0]),
+        "-P",
+        str(path),
+        "-e",
+        f"inject={inject}",
+    )
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as strace:
         assert strace.stderr is not None
         assert "attached" in strace.stderr.readline()
         rest = threading.Thread(target=strace.stderr.read)
@@ -374,7 +396,9 @@ def test_a_sale_whose_flush_would_miss_a_replaced_database_is_refused(
     with pytest.raises(db.Unavailable, match="the database was replaced"):
         store.buy("bob")
     flushed = []
-    monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(
+        os, "fdatasync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+    )
     assert store.buy("bob").remaining_stock == 1
     assert flushed == [f"{database}-wal"]
 

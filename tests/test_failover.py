@@ -22,7 +22,9 @@ if SKIPPED := reason_to_skip():
 
 STOCK = 400
 SALES = 50  # before a fault
-DISTANCE_S = 0.01  # from the primary to the standby, and back: some answer would get ahead of its copy
+DISTANCE_S = (
+    0.01  # from the primary to the standby, and back: some answer would get ahead of its copy
+)
 WORKERS = 4
 LIMIT_S = 20
 SYNCHRONOUS = "SELECT sync_state FROM pg_stat_replication"
@@ -50,8 +52,12 @@ def standby(stack: ExitStack, primary: Cluster) -> Cluster:
     copy.sql(f"ALTER SYSTEM SET primary_conninfo = $${source}$$")
     copy.reload()
     streams = "SELECT status || ' from ' || sender_port FROM pg_stat_wal_receiver"
-    wait_until(lambda: copy.sql(streams) == f"streaming from {way.port}", LIMIT_S, "nothing comes that way")
-    wait_until(lambda: primary.sql(SYNCHRONOUS) == "sync", LIMIT_S, "the standby is not synchronous")
+    wait_until(
+        lambda: copy.sql(streams) == f"streaming from {way.port}", LIMIT_S, "nothing comes that way"
+    )
+    wait_until(
+        lambda: primary.sql(SYNCHRONOUS) == "sync", LIMIT_S, "the standby is not synchronous"
+    )
     return copy
 
 
@@ -67,7 +73,9 @@ def start_standby(stack: ExitStack, primary: Cluster, standby: Cluster) -> Clust
     primary.create_database("sale")
     primary.sql("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
     primary.reload()
-    wait_until(lambda: primary.sql(SYNCHRONOUS) == "sync", LIMIT_S, "the standby is not synchronous")
+    wait_until(
+        lambda: primary.sql(SYNCHRONOUS) == "sync", LIMIT_S, "the standby is not synchronous"
+    )
     return standby
 
 
@@ -168,6 +176,8 @@ def sold(answer: requests.Response) -> requests.Response | None:
 
 def insist(service: Service, customer: str, key: str) -> requests.Response:
     """Ask until it is sold: the answer."""
-    answer = wait_until(lambda: sold(service.buy(customer, key)), LIMIT_S, f"nothing sold to {customer}")
+    answer = wait_until(
+        lambda: sold(service.buy(customer, key)), LIMIT_S, f"nothing sold to {customer}"
+    )
     assert answer is not None
     return answer

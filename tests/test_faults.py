@@ -77,7 +77,9 @@ def mounting() -> bool:
 
 
 @contextmanager
-def mounted(folder: Path, mount: str, workers: int = 4, stock: int = 100) -> Iterator[tuple[Service, Path]]:
+def mounted(
+    folder: Path, mount: str, workers: int = 4, stock: int = 100
+) -> Iterator[tuple[Service, Path]]:
     """The service with its database on a mount that only it and its children see and that ends with them."""
     need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
     disk = folder / "disk"
@@ -88,7 +90,9 @@ def mounted(folder: Path, mount: str, workers: int = 4, stock: int = 100) -> Ite
         "WEB_CONCURRENCY": str(workers),
         "INITIAL_STOCK": str(stock),
     }
-    with Service(folder, "unshare", "--mount", "sh", "-c", command, cwd=PROJECT, **variables) as service:
+    with Service(
+        folder, "unshare", "--mount", "sh", "-c", command, cwd=PROJECT, **variables
+    ) as service:
         yield service, Path(f"/proc/{service.process.pid}/root{disk}")
 
 
@@ -111,7 +115,9 @@ def test_on_a_full_disk_nothing_is_sold_and_with_room_again_it_is(tmp_path: Path
 
 def test_a_disk_that_fills_up_in_mid_sale_keeps_what_was_acknowledged(tmp_path: Path) -> None:
     with mounted(tmp_path, "mount -t tmpfs -o size=1m tmpfs", stock=1000) as (service, disk):
-        answers = send_at_once(service.port, [purchase_request("alice", f"key-{n}") for n in range(400)])
+        answers = send_at_once(
+            service.port, [purchase_request("alice", f"key-{n}") for n in range(400)]
+        )
         assert {answer.status for answer in answers} == {200, 503}
         for name in ("inventory.db", "inventory.db-wal"):
             shutil.copy(disk / name, tmp_path / name)
@@ -126,7 +132,10 @@ def stored(database: Path, initial_stock: int) -> set[int]:
     with closing(sqlite3.connect(database)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         ids = {row[0] for row in connection.execute("SELECT purchase_id FROM purchases")}
-        assert connection.execute("SELECT stock FROM inventory").fetchone()[0] + len(ids) == initial_stock
+        assert (
+            connection.execute("SELECT stock FROM inventory").fetchone()[0] + len(ids)
+            == initial_stock
+        )
     return ids
 
 
@@ -153,9 +162,14 @@ def test_a_mount_turned_read_only_is_told_and_turned_back_sells(tmp_path: Path) 
 
 
 def test_a_database_file_turned_read_only_is_told_and_turned_back_sells(tmp_path: Path) -> None:
-    without_rights = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")  # root's writes ignore the mode
+    without_rights = (
+        "setpriv",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+    )  # root's writes ignore the mode
     need(
-        os.geteuid() != 0 or shutil.which("setpriv"), "setpriv is not installed (apt-get install util-linux)"
+        os.geteuid() != 0 or shutil.which("setpriv"),
+        "setpriv is not installed (apt-get install util-linux)",
     )
     command = GUNICORN if os.geteuid() != 0 else (*without_rights, *GUNICORN)
     with Service(tmp_path, *command) as service:
@@ -182,11 +196,15 @@ def test_a_folder_that_is_moved_away_is_told_and_moved_back_sells(tmp_path: Path
 
 
 @pytest.mark.parametrize("start", [0, 4096], ids=["all of it", "all but the first page"])
-def test_a_database_overwritten_with_garbage_is_told_and_restored_sells(tmp_path: Path, start: int) -> None:
+def test_a_database_overwritten_with_garbage_is_told_and_restored_sells(
+    tmp_path: Path, start: int
+) -> None:
     database = tmp_path / "inventory.db"
     with Service(tmp_path, WEB_CONCURRENCY="1") as service:
         assert service.buy().status_code == 200
-        for _ in range(2):  # the first folds the sale into the database, the second starts the WAL over
+        for _ in range(
+            2
+        ):  # the first folds the sale into the database, the second starts the WAL over
             assert requests.get(f"{service.url}/health", timeout=10).status_code == 200
         saved = database.read_bytes()
         overwrite(database, start, random.Random(1).randbytes(len(saved) - start))
@@ -203,7 +221,9 @@ def overwrite(file: Path, start: int, data: bytes) -> None:
         opened.write(data)
 
 
-def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(tmp_path: Path) -> None:
+def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(
+    tmp_path: Path,
+) -> None:
     """What only the WAL held is destroyed with it; nothing may be sold on top of the ruins."""
     with Service(tmp_path, WEB_CONCURRENCY="2") as service:
         service.reset(100)  # as all of a reset is in the database file
@@ -257,7 +277,9 @@ class Buyers:
         self.port = port
         self.over = threading.Event()
         self.acknowledged: dict[str, int] = {}
-        self.threads = [threading.Thread(target=self.buy, args=(f"key-{n}",)) for n in range(number)]
+        self.threads = [
+            threading.Thread(target=self.buy, args=(f"key-{n}",)) for n in range(number)
+        ]
 
     def buy(self, prefix: str) -> None:
         for number in itertools.count():
@@ -379,7 +401,9 @@ def test_no_customer_and_no_key_is_in_the_log(tmp_path: Path) -> None:
         assert service.buy("secret-1", "secret-key-3").status_code == 503
         requests.post(f"{service.url}/buy_ticket", data=b"secret-body", timeout=10)
         requests.post(
-            f"{service.url}/buy_ticket?secret-query", headers={"Idempotency-Key": "secret " * 50}, timeout=10
+            f"{service.url}/buy_ticket?secret-query",
+            headers={"Idempotency-Key": "secret " * 50},
+            timeout=10,
         )
         assert len(errors(service)) == 2
         assert "secret" not in service.log

@@ -31,13 +31,15 @@ KEYS = st.sampled_from(["key-1", "key-2", "key-3"]) | st.text(
 )
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 # The borders of what a customer_id may be: control characters, lone surrogates, the length.
-ODD_TEXT = st.text(st.sampled_from("a\x1f\x7f\x9f\xa0\ud800\udfff\U0001f3ab"), max_size=3) | st.sampled_from(
-    ["a" * 128, "a" * 129]
-)
+ODD_TEXT = st.text(
+    st.sampled_from("a\x1f\x7f\x9f\xa0\ud800\udfff\U0001f3ab"), max_size=3
+) | st.sampled_from(["a" * 128, "a" * 129])
 REQUEST_BODIES = JSON_VALUES | st.fixed_dictionaries(
     {}, optional={"customer_id": ODD_TEXT | JSON_VALUES, "stock": st.booleans() | JSON_VALUES}
 )
@@ -130,11 +132,15 @@ class Sale(RuleBasedStateMachine):
         self.model = Model(stock)
 
     @rule(
-        key=consumes(keys), body=st.sampled_from([b"{", b"[]", b'{"customer_id": 7}', b'{"customer_id": ""}'])
+        key=consumes(keys),
+        body=st.sampled_from([b"{", b"[]", b'{"customer_id": 7}', b'{"customer_id": ""}']),
     )
     def send_nonsense(self, key: str, body: bytes) -> None:
         answer = self.client.post(
-            "/buy_ticket", data=body, content_type="application/json", headers={"Idempotency-Key": key}
+            "/buy_ticket",
+            data=body,
+            content_type="application/json",
+            headers={"Idempotency-Key": key},
         )
         assert answer.status_code == 400
 
@@ -194,7 +200,8 @@ def seller(make_app: Any) -> Any:
 
 @settings(BOUNDED, max_examples=150)
 @given(
-    body=st.binary(max_size=200), content_type=st.sampled_from(["application/json", "text/plain", "", None])
+    body=st.binary(max_size=200),
+    content_type=st.sampled_from(["application/json", "text/plain", "", None]),
 )
 def test_any_bytes_as_a_body_are_sold_to_or_refused(
     seller: FlaskClient, rows: Rows, body: bytes, content_type: str | None
@@ -207,7 +214,9 @@ def test_any_bytes_as_a_body_are_sold_to_or_refused(
 
 @settings(BOUNDED, max_examples=200)
 @given(value=REQUEST_BODIES)
-def test_any_json_as_a_body_is_sold_to_or_refused(seller: FlaskClient, rows: Rows, value: Any) -> None:
+def test_any_json_as_a_body_is_sold_to_or_refused(
+    seller: FlaskClient, rows: Rows, value: Any
+) -> None:
     body = json.dumps(value)
     answer = assert_sold_or_refused(seller, rows, data=body, content_type="application/json")
     stored = [customer_id for customer_id, _, _ in rows()[1]]
@@ -219,7 +228,9 @@ def test_any_json_as_a_body_is_sold_to_or_refused(seller: FlaskClient, rows: Row
 
 @settings(BOUNDED, max_examples=150)
 @given(value=REQUEST_BODIES)
-def test_any_json_as_a_reset_is_done_or_refused(seller: FlaskClient, rows: Rows, value: Any) -> None:
+def test_any_json_as_a_reset_is_done_or_refused(
+    seller: FlaskClient, rows: Rows, value: Any
+) -> None:
     seller.post("/reset", json={"stock": 7})
     seller.post("/buy_ticket")
     before = rows()
@@ -242,7 +253,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def assert_raw_is_sold_or_refused(service: Service, raw: bytes) -> int:
     """Sold and stored, once; or a 4xx in JSON, or hung up on, and nothing has changed. The status, or 0."""
     before = service.get("/audit")["purchase_records"]
-    received = exchange(service.port, raw, half_close=True).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    received = exchange(service.port, raw, half_close=True).removeprefix(
+        b"HTTP/1.1 100 Continue\r\n\r\n"
+    )
     sold = service.get("/audit")["purchase_records"] - before
     note(f"{received!r}")
     if not received:
@@ -278,7 +291,9 @@ def test_any_bytes_as_a_content_type_are_refused(service: Service, content_type:
 @given(name=TOKENS, value=LINE_BYTES)
 def test_a_header_of_any_name_changes_nothing(service: Service, name: bytes, value: bytes) -> None:
     status = assert_raw_is_sold_or_refused(service, message(BUY, name + b": " + value))
-    assert status == (400 if any((byte < 32 and byte != 9) or byte == 127 for byte in value) else 200)
+    assert status == (
+        400 if any((byte < 32 and byte != 9) or byte == 127 for byte in value) else 200
+    )
 
 
 @settings(BOUNDED, max_examples=250)

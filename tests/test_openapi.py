@@ -1,4 +1,4 @@
-"""static/openapi.json against the service: the same routes, the same statuses, the same answers."""
+"""serving/openapi.json against the service: the same routes, the same statuses, the same answers."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def resolve(node: Any, document: Any) -> Any:
     return {name: resolve(value, document) for name, value in node.items()}
 
 
-RAW_DOCUMENT = json.loads((PROJECT / "static" / "openapi.json").read_text(encoding="utf-8"))
+RAW_DOCUMENT = json.loads((PROJECT / "serving" / "openapi.json").read_text(encoding="utf-8"))
 DOCUMENT = resolve(RAW_DOCUMENT, RAW_DOCUMENT)
 OPERATIONS = {
     f"{method.upper()} {path}": operation
@@ -61,7 +61,9 @@ COMPONENTS = DOCUMENT["components"]
 
 def nodes(node: Any) -> Iterator[Any]:
     yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
         yield from nodes(child)
 
 
@@ -121,7 +123,9 @@ def without_store(operation: str) -> Callable[[FlaskClient], Any]:
     method, path = operation.split()
 
     def attempt(client: FlaskClient) -> Any:
-        client.application.extensions["store"] = db.open_store("sqlite:////nowhere/x.db", "Concert", 5, 0.1)
+        client.application.extensions["store"] = db.open_store(
+            "sqlite:////nowhere/x.db", "Concert", 5, 0.1
+        )
         return client.open(path, method=method)
 
     return attempt
@@ -207,7 +211,9 @@ def test_the_index_and_the_description_use_the_same_words(client: FlaskClient) -
 
 def test_every_status_is_described_and_every_described_status_can_be_provoked() -> None:
     described = {
-        (name, int(code)) for name, operation in OPERATIONS.items() for code in operation["responses"]
+        (name, int(code))
+        for name, operation in OPERATIONS.items()
+        for code in operation["responses"]
     }
     assert set(PROVOKED) == described
 
@@ -275,7 +281,9 @@ def test_every_json_answer_and_body_has_an_example() -> None:
 @pytest.mark.parametrize(
     ("operation", "status"), [(name, status) for name, status in PROVOKED if name != "GET /docs"]
 )
-def test_a_drifting_answer_would_be_noticed(client: FlaskClient, operation: str, status: int) -> None:
+def test_a_drifting_answer_would_be_noticed(
+    client: FlaskClient, operation: str, status: int
+) -> None:
     """A negative control: without a member, or with the wrong type of one, no answer fits."""
     response = OPERATIONS[operation]["responses"][str(status)]
     answer = PROVOKED[operation, status](client)
@@ -284,7 +292,9 @@ def test_a_drifting_answer_would_be_noticed(client: FlaskClient, operation: str,
         return
     schema = response["content"]["application/json"]["schema"]
     for member in schema["required"]:
-        assert complaints({name: value for name, value in answer.json.items() if name != member}, schema)
+        assert complaints(
+            {name: value for name, value in answer.json.items() if name != member}, schema
+        )
         assert complaints(answer.json | {member: None}, schema)
     if not operation.startswith(("GET /openapi", "GET /health")):
         assert complaints(answer.json | {"new": 1}, schema)
@@ -295,14 +305,18 @@ def test_the_description_names_the_same_limits_and_version() -> None:
     customer_id = COMPONENTS["schemas"]["PurchaseRequest"]["properties"]["customer_id"]
     assert DOCUMENT["info"]["version"] == service_app.VERSION
     assert COMPONENTS["schemas"]["Stock"]["maximum"] == service_app.MAX_STOCK
-    assert service_app.IDEMPOTENCY_KEY.pattern.endswith(f"{{{key['minLength']},{key['maxLength']}}}")
+    assert service_app.IDEMPOTENCY_KEY.pattern.endswith(
+        f"{{{key['minLength']},{key['maxLength']}}}"
+    )
     assert service_app.CUSTOMER_ID.pattern.endswith(
         f"{{{customer_id['minLength']},{customer_id['maxLength']}}}"
     )
 
 
 @pytest.mark.parametrize("code", [0, 0x1F, 0x20, 0x7E, 0x7F, 0x80, 0x9F, 0xA0, 0x2028, 0x1F3AB])
-def test_the_description_and_the_service_allow_the_same_characters(client: FlaskClient, code: int) -> None:
+def test_the_description_and_the_service_allow_the_same_characters(
+    client: FlaskClient, code: int
+) -> None:
     schema = COMPONENTS["schemas"]["PurchaseRequest"]
     for customer_id in (f"a{chr(code)}b", f"{chr(code)}", f"a{chr(code)}"):
         body = {"customer_id": customer_id}
@@ -333,18 +347,33 @@ def test_what_is_no_http_is_answered_as_described(service: Service, raw: bytes) 
     response = COMPONENTS["responses"]["NotHTTP"]
     assert status.split()[1] in response["description"]
     headers = dict(line.split(": ", 1) for line in lines)
-    assert complaints(json.loads(body), response["content"][headers["Content-Type"]]["schema"]) == []
+    assert (
+        complaints(json.loads(body), response["content"][headers["Content-Type"]]["schema"]) == []
+    )
     for name, header in response["headers"].items():
         assert complaints(headers[name], header["schema"]) == []
 
 
-def test_schemathesis_finds_nothing_over_every_route_check_and_link(service: Service, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing_over_every_route_check_and_link(
+    service: Service, tmp_path: Path
+) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(SCHEMATHESIS_CONFIG, encoding="utf-8")
     program = str(Path(sys.executable).with_name("schemathesis"))
-    options = ["--checks=all", f"--max-examples={SCHEMATHESIS_EXAMPLES}", "--generation-deterministic"]
+    options = [
+        "--checks=all",
+        f"--max-examples={SCHEMATHESIS_EXAMPLES}",
+        "--generation-deterministic",
+    ]
     finished = subprocess.run(
-        [program, f"--config-file={config}", "run", f"{service.url}/openapi.json", "--no-color", *options],
+        [
+            program,
+            f"--config-file={config}",
+            "run",
+            f"{service.url}/openapi.json",
+            "--no-color",
+            *options,
+        ],
         cwd=tmp_path,
         env=os.environ | {"PYTHONWARNINGS": "default"},
         capture_output=True,
@@ -352,7 +381,9 @@ def test_schemathesis_finds_nothing_over_every_route_check_and_link(service: Ser
         timeout=SCHEMATHESIS_LIMIT_S,
     )
     assert finished.returncode == 0, finished.stdout
-    links = sum(len(r.get("links", {})) for op in OPERATIONS.values() for r in op["responses"].values())
+    links = sum(
+        len(r.get("links", {})) for op in OPERATIONS.values() for r in op["responses"].values()
+    )
     assert f"{links} covered / {links} selected / {links} total" in finished.stdout, finished.stdout
     assert service.get("/audit")["consistent"]
     assert "Traceback" not in service.log

@@ -20,7 +20,7 @@ import pytest
 from postgres_cluster import PASSWORD, ROLE, Cluster, reason_to_skip
 from postgres_proxy import Proxy
 from service import PROJECT, environment
-from test_store import *  # noqa: F403
+from test_store import *
 from test_store import OpenStore, buy_in_threads
 
 import db
@@ -29,12 +29,9 @@ if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
 
 import psycopg
-
 from backends import postgres, postgres_connections
 
-WAITING = (
-    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-)
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 SELL = postgres.SELL.replace("$1", "%(key)s").replace("$2", "%(customer_id)s").encode()
 OTHERS = """FROM pg_stat_activity
     WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
@@ -94,7 +91,9 @@ def value(connection: psycopg.Connection[Any], query: str) -> Any:
     return row[0]
 
 
-def wait_for(admin: psycopg.Connection[Any], query: str, wanted: Any, limit_s: float = 10.0) -> None:
+def wait_for(
+    admin: psycopg.Connection[Any], query: str, wanted: Any, limit_s: float = 10.0
+) -> None:
     deadline = time.monotonic() + limit_s
     while (seen := value(admin, query)) != wanted:
         assert time.monotonic() < deadline, f"{query} is {seen}, not {wanted}"
@@ -312,7 +311,11 @@ def test_a_server_set_to_serializable_sells_each_unit_once(
 
 @pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("remote_apply", "remote_apply")])
 def test_a_sale_is_flushed_before_its_answer_whatever_the_server_is_set_to(
-    open_store: OpenStore, cluster: Cluster, admin: psycopg.Connection[Any], configured: str, used: str
+    open_store: OpenStore,
+    cluster: Cluster,
+    admin: psycopg.Connection[Any],
+    configured: str,
+    used: str,
 ) -> None:
     store = open_store()
     setting = "customer_id = current_setting('synchronous_commit')"
@@ -463,7 +466,9 @@ def test_a_connection_that_ended_without_a_word_while_idle_is_not_sold_over(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0)
+        store = db.open_store(
+            store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
+        )
         for remaining_stock in (4, 3, 2):
             assert store.buy("alice").remaining_stock == remaining_stock
             proxy.cut()
@@ -496,7 +501,9 @@ def test_a_connection_lost_in_mid_sale_is_settled_by_the_key(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0)
+        store = db.open_store(
+            store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
+        )
         with row_lock(store_url):
             buyer = crowd.submit(store.buy, "alice", key)
             wait_for(admin, WAITING, 1)
@@ -515,7 +522,9 @@ def test_a_server_that_does_not_answer_any_more_holds_nobody_for_long(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 0.5)
+        store = db.open_store(
+            store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 0.5
+        )
         assert store.buy("alice").remaining_stock == 4
         proxy.stall()
         unknown, waited_s = timed(lambda: store.buy("bob"))
@@ -533,7 +542,9 @@ def test_a_server_that_is_not_there_is_unavailable_at_once(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0)
+        store = db.open_store(
+            store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
+        )
         store.buy("alice")
         proxy.close()
         for action in (
@@ -583,7 +594,9 @@ def buy_once(store: Any, results: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_connection_never_crosses_a_fork(open_store: OpenStore, admin: psycopg.Connection[Any]) -> None:
+def test_a_connection_never_crosses_a_fork(
+    open_store: OpenStore, admin: psycopg.Connection[Any]
+) -> None:
     store = open_store()
     assert store.buy("parent").remaining_stock == 4
     wait_for(admin, f"SELECT count(*) {OTHERS}", 1)
@@ -601,13 +614,17 @@ def test_a_connection_never_crosses_a_fork(open_store: OpenStore, admin: psycopg
     assert store.audit() == (5, 1, 4)
 
 
-def test_the_pool_does_not_log_every_use(open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pool_does_not_log_every_use(
+    open_store: OpenStore, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         open_store().buy("alice")
     assert caplog.text == ""
 
 
-def test_create_leaves_no_connection_open(open_store: OpenStore, admin: psycopg.Connection[Any]) -> None:
+def test_create_leaves_no_connection_open(
+    open_store: OpenStore, admin: psycopg.Connection[Any]
+) -> None:
     open_store()
     wait_for(admin, f"SELECT count(*) {OTHERS} AND backend_type = 'client backend'", 0)
 
@@ -649,7 +666,9 @@ def test_tables_that_are_not_ours_are_left_alone(
     assert value(admin, tables) == before
 
 
-def test_an_empty_inventory_is_unavailable(open_store: OpenStore, admin: psycopg.Connection[Any]) -> None:
+def test_an_empty_inventory_is_unavailable(
+    open_store: OpenStore, admin: psycopg.Connection[Any]
+) -> None:
     store = open_store()
     admin.execute("DELETE FROM inventory")
     for refused in (open_store, store.inventory, lambda: store.buy("alice"), store.check):
@@ -690,7 +709,9 @@ def test_a_pool_setting_that_makes_no_sense_is_refused(
         db.open_store("postgresql://localhost/sale", "Concert", 5, 5.0)
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:secret%zz@h/db", "postgresql://u:secret@h/db?no_such=1"])
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:secret%zz@h/db", "postgresql://u:secret@h/db?no_such=1"]
+)
 def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(ValueError, match="must be postgresql://") as refused:
         db.open_store(url, "Concert", 5, 5.0)

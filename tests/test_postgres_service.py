@@ -71,10 +71,17 @@ def test_a_thousand_buyers_buy_each_of_100_tickets_once(service: Service) -> Non
 
 
 def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
-    command = (sys.executable, "proof_of_correctness.py", "--url", f"http://127.0.0.1:{free_port()}")
+    command = (
+        sys.executable,
+        "proof_of_correctness.py",
+        "--url",
+        f"http://127.0.0.1:{free_port()}",
+    )
     done = run_to_end(command, DATABASE_URL=url)
     assert done.returncode == 0, done.stdout
-    assert "PROVEN: every unit was sold exactly once (seed" in done.stdout  # and no test was skipped
+    assert (
+        "PROVEN: every unit was sold exactly once (seed" in done.stdout
+    )  # and no test was skipped
     assert "DATABASE_URL names: its purchases will be deleted" in done.stdout
     assert PASSWORD not in done.stdout + done.stderr
 
@@ -83,7 +90,12 @@ def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None
     store = db.open_store(url, "Concert", 5, 5.0)
     store.create()
     store.buy("alice")
-    command = (sys.executable, "proof_of_correctness.py", "--url", f"http://127.0.0.1:{free_port()}")
+    command = (
+        sys.executable,
+        "proof_of_correctness.py",
+        "--url",
+        f"http://127.0.0.1:{free_port()}",
+    )
     done = run_to_end(command, DATABASE_URL=url, ALLOW_RESET="0")
     assert done.returncode == 2, done.stdout
     assert store.audit() == (5, 4, 1)
@@ -210,7 +222,11 @@ def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> N
     assert after.inventory().last_updated == last_updated
     assert after.buy("alice", "key-1") == kept[0]._replace(replayed=True)
     assert after.buy("東京", "key-2") == kept[2]._replace(replayed=True)
-    assert after.buy("bob").purchase_id > max(purchase.purchase_id for purchase in kept) > first.purchase_id
+    assert (
+        after.buy("bob").purchase_id
+        > max(purchase.purchase_id for purchase in kept)
+        > first.purchase_id
+    )
 
     again = run_move(file, url)
     assert again.returncode == 1
@@ -238,8 +254,21 @@ def run_move(file: Path, url: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_crowd_may_be_threads_of_one_worker(tmp_path: Path, url: str) -> None:
-    command = (sys.executable, "-m", "gunicorn", "-k", "gthread", "--threads", "16", "-w", "2", "app:app")
+    command = (
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "-k",
+        "gthread",
+        "--threads",
+        "16",
+        "-w",
+        "2",
+        "app:app",
+    )
     with Service(tmp_path, *command, DATABASE_URL=url) as service:
-        answers = send_at_once(service.port, [purchase_request(f"c{number}") for number in range(400)])
+        answers = send_at_once(
+            service.port, [purchase_request(f"c{number}") for number in range(400)]
+        )
         assert Counter(answer.status for answer in answers) == {200: 100, 410: 300}
         assert service.get("/audit")["consistent"]

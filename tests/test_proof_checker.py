@@ -50,7 +50,9 @@ def test_a_purchase_too_many_is_oversold():
 
 def test_more_acknowledged_purchases_than_units_are_named_with_their_number():
     attempts = [bought(0, 3, 0, number=1), bought(0, 3, 0, number=2, customer="other")]
-    assert (Kind.OVERSOLD, "2 purchases of 1 units were acknowledged") in check(1, attempts, [], None)
+    assert (Kind.OVERSOLD, "2 purchases of 1 units were acknowledged") in check(
+        1, attempts, [], None
+    )
 
 
 def test_a_level_below_zero_is_oversold_even_if_it_is_the_only_answer():
@@ -105,7 +107,10 @@ def test_a_sold_out_answer_that_ended_before_the_last_sale_began_is_not_lineariz
 def test_a_stale_reading_is_named_with_the_sale_that_it_missed():
     (violation,) = check(2, [bought(0, 1, 1)], [Reading(2, 3, 2)], None)
     assert violation.kind is Kind.NOT_LINEARIZABLE
-    assert "the sale to c1 that left 1 ended 1.000000 s before the reading of stock 2 began" in violation
+    assert (
+        "the sale to c1 that left 1 ended 1.000000 s before the reading of stock 2 began"
+        in violation
+    )
 
 
 def test_a_key_that_bought_twice_is_named():

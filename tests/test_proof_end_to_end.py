@@ -27,7 +27,10 @@ CAUGHT_AS = {
     "no_recheck": {"oversold"},
     "refill": {"oversold"},
     "unstored": {"lost purchase"},
-    "unacknowledged": {"phantom purchase", "one key, different answers"},  # the latter if it had a key
+    "unacknowledged": {
+        "phantom purchase",
+        "one key, different answers",
+    },  # the latter if it had a key
     "same_level": {"duplicate level", "oversold"},  # the latter if it hit the first unit
     "after_sell_out": {"oversold"},
     "stale": {"not linearizable"},
@@ -37,12 +40,23 @@ ONLY_POSIX = pytest.mark.skipif(os.name != "posix", reason="gunicorn and SIGKILL
 
 
 def command(folder, *arguments):
-    return [sys.executable, "-u", str(folder / "proof_of_correctness.py"), "--seed", "7", *arguments]
+    return [
+        sys.executable,
+        "-u",
+        str(folder / "proof_of_correctness.py"),
+        "--seed",
+        "7",
+        *arguments,
+    ]
 
 
 def environment(**more):
     names = ("API_URL", "DATABASE_URL", "TOTAL_REQUESTS", "CONCURRENT_PROCESSES")
-    return {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONIOENCODING": "utf-8"} | more
+    return (
+        {k: v for k, v in os.environ.items() if k not in names}
+        | {"PYTHONIOENCODING": "utf-8"}
+        | more
+    )
 
 
 def run(folder, *arguments, **more):
@@ -117,7 +131,11 @@ class Shop(http.server.ThreadingHTTPServer):
             return answer
         elif path == "/buy_ticket":
             return self.sold[key]
-        return 200, {"status": "ok", "current_stock": self.stock, "purchase_records": len(self.sold)}
+        return 200, {
+            "status": "ok",
+            "current_stock": self.stock,
+            "purchase_records": len(self.sold),
+        }
 
 
 @contextmanager
@@ -133,7 +151,9 @@ SMALL = ("--stock", "5", "--buyers", "20", "--processes", "2")
 
 
 @ONLY_POSIX
-def test_an_honest_server_is_proven_with_the_figures_and_the_page_that_were_asked_for(folder, closed_url):
+def test_an_honest_server_is_proven_with_the_figures_and_the_page_that_were_asked_for(
+    folder, closed_url
+):
     figures, page = folder / "figures.json", folder / "page.html"
     done = run(folder, "--url", closed_url, "--json", str(figures), "--report", str(page))
     assert done.returncode == 0, done.stdout
@@ -167,7 +187,9 @@ TEST_2_LOOK = (
 
 @ONLY_POSIX
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("none", "refill")])
-def test_a_broken_server_is_caught_with_a_violation_that_names_what_happened(folder, closed_url, fault):
+def test_a_broken_server_is_caught_with_a_violation_that_names_what_happened(
+    folder, closed_url, fault
+):
     figures = folder / "figures.json"
     with broken_server(folder, closed_url, fault):
         for _ in range(TRIES_MAX):
@@ -180,15 +202,30 @@ def test_a_broken_server_is_caught_with_a_violation_that_names_what_happened(fol
 
 
 @ONLY_POSIX
-def test_a_stock_that_is_refilled_when_a_worker_starts_is_caught_by_killing_workers(folder, closed_url):
+def test_a_stock_that_is_refilled_when_a_worker_starts_is_caught_by_killing_workers(
+    folder, closed_url
+):
     figures = folder / "figures.json"
-    done = run(folder, "--url", closed_url, "--buyers", "100", "--json", str(figures), BROKEN_FAULT="refill")
+    done = run(
+        folder,
+        "--url",
+        closed_url,
+        "--buyers",
+        "100",
+        "--json",
+        str(figures),
+        BROKEN_FAULT="refill",
+    )
     assert done.returncode == 1, done.stdout
     assert CAUGHT_AS["refill"] & kinds_in(figures)
 
 
 def kinds_in(figures):
-    return {v["kind"] for test in json.loads(figures.read_text())["tests"][1:] for v in test["violations"]}
+    return {
+        v["kind"]
+        for test in json.loads(figures.read_text())["tests"][1:]
+        for v in test["violations"]
+    }
 
 
 @contextmanager

@@ -58,7 +58,9 @@ def parse(raw: bytes) -> Answer:
     """The one answer in `raw`: complete, JSON, protected; anything after it is an error."""
     head, _, body = raw.partition(b"\r\n\r\n")
     lines = head.decode("ascii").split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+    headers = {
+        name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])
+    }
     assert len(body) == int(headers["content-length"]), raw
     assert headers["content-type"] == "application/json", raw
     assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
@@ -142,7 +144,10 @@ REFUSED = {
     "a header without a name": (message(BUY, b": a"), 400),
     "a header without a colon": (message(BUY, b"X-Alone"), 400),
     "a header in UTF-8": (message(BUY, "Idempotency-Key: schlüssel".encode()), 400),
-    "contradicting schemes": (message(BUY, b"X-Forwarded-Proto: https", b"X-Forwarded-Ssl: off"), 400),
+    "contradicting schemes": (
+        message(BUY, b"X-Forwarded-Proto: https", b"X-Forwarded-Ssl: off"),
+        400,
+    ),
     "Expect: something": (message(BUY, b"Expect: 200-ok"), 417),
     "Transfer-Encoding after Content-Length": (message(BUY, CHUNKED, body=b"0\r\n\r\n"), 400),
     "Transfer-Encoding before Content-Length": (
@@ -167,12 +172,17 @@ REFUSED = {
     "a body of 7 MB": (message(BUY, body=b"x" * 7_000_000), 413),
     "a body of 1 MB for nobody": (message(b"POST /nowhere HTTP/1.1", body=b"x" * 1_000_000), 404),
     "a body of 1 MB after a bad header": (message(BUY, b"X Y: a", body=b"x" * 1_000_000), 400),
-    "a body of 1 MB that was announced": (message(BUY, b"Expect: 100-continue", body=b"x" * 1_000_000), 413),
+    "a body of 1 MB that was announced": (
+        message(BUY, b"Expect: 100-continue", body=b"x" * 1_000_000),
+        413,
+    ),
 }
 
 
 @pytest.mark.parametrize(("raw", "status"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_acceptable_is_refused_in_json(service: Service, raw: bytes, status: int) -> None:
+def test_what_is_not_acceptable_is_refused_in_json(
+    service: Service, raw: bytes, status: int
+) -> None:
     before, log = books(service), len(service.log)
     answer = parse(exchange(service.port, raw).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"))
     assert answer.status == status
@@ -184,7 +194,9 @@ def test_what_is_not_acceptable_is_refused_in_json(service: Service, raw: bytes,
 
 
 def test_an_absolute_target_without_a_path_is_the_root(service: Service) -> None:
-    answer = parse(exchange(service.port, message(b"GET http://test HTTP/1.1", body=b"", length=b"")))
+    answer = parse(
+        exchange(service.port, message(b"GET http://test HTTP/1.1", body=b"", length=b""))
+    )
     assert (answer.status, answer.json["service"]) == (200, "Flash Sale Inventory Service")
 
 
@@ -208,7 +220,9 @@ BAD_CHUNKS = {
 
 @pytest.mark.parametrize("path", [b"/buy_ticket", b"/reset", b"/nowhere"])
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_bad_chunks_are_refused_without_a_traceback(service: Service, path: bytes, body: bytes) -> None:
+def test_bad_chunks_are_refused_without_a_traceback(
+    service: Service, path: bytes, body: bytes
+) -> None:
     before, log = books(service), len(service.log)
     raw = message(b"POST %s HTTP/1.1" % path, CHUNKED, body=body, length=b"")
     answer = parse(exchange(service.port, raw, half_close=True))
@@ -247,7 +261,9 @@ def test_a_buyer_who_hangs_up_within_the_body_buys_nothing(service: Service, bod
 
 
 @pytest.mark.parametrize("length", [b"20000", b"8388609", b"1000000000000000000", b"9" * 4_000])
-def test_a_body_that_claims_too_much_is_refused_by_its_claim(service: Service, length: bytes) -> None:
+def test_a_body_that_claims_too_much_is_refused_by_its_claim(
+    service: Service, length: bytes
+) -> None:
     before, log = books(service), len(service.log)
     answer = parse(exchange(service.port, message(BUY, length=length), half_close=True))
     assert (answer.status, answer.json["success"]) == (413, False)
@@ -255,7 +271,9 @@ def test_a_body_that_claims_too_much_is_refused_by_its_claim(service: Service, l
     assert_still_sells(service, before)
 
 
-@pytest.mark.parametrize("raw", [b"", b"\r", b"POST /buy", BUY + b"\r\n", message(BUY)[:-40], b"a" * 3_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"\r", b"POST /buy", BUY + b"\r\n", message(BUY)[:-40], b"a" * 3_000]
+)
 def test_a_request_that_stops_before_its_body_is_hung_up_on(service: Service, raw: bytes) -> None:
     before, log = books(service), len(service.log)
     assert exchange(service.port, raw, half_close=True) == b""
@@ -290,7 +308,9 @@ SOLD_ONCE = {
 
 
 @pytest.mark.parametrize("raw", SOLD_ONCE.values(), ids=SOLD_ONCE)
-def test_one_request_on_a_connection_is_answered_and_sold_once(service: Service, raw: bytes) -> None:
+def test_one_request_on_a_connection_is_answered_and_sold_once(
+    service: Service, raw: bytes
+) -> None:
     before = books(service)
     received = exchange(service.port, raw).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     answer = parse(received)
@@ -340,7 +360,9 @@ def test_a_sale_survives_a_buyer_who_hangs_up_before_the_answer(service: Service
 
 
 @pytest.mark.parametrize("line", [BUY, RESET])
-def test_a_client_that_resets_the_connection_leaves_no_traceback(service: Service, line: bytes) -> None:
+def test_a_client_that_resets_the_connection_leaves_no_traceback(
+    service: Service, line: bytes
+) -> None:
     before, log = books(service), len(service.log)
     for _ in range(10):
         abort(service.port, message(line, body=BODY, length=b"100"))

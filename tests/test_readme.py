@@ -20,7 +20,9 @@ SETUP_LIMIT_S = 300
 def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git tracks, as they are now."""
     copy = tmp_path_factory.mktemp("copy")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True
+    ).stdout
     for name in filter(None, tracked.decode().split("\0")):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, copy / name)
@@ -62,7 +64,9 @@ def test_the_first_command_sets_up_and_starts_and_curl_buys_as_shown(started: Se
     assert len(CONSOLE) >= 6
     for command, shown in CONSOLE:
         assert command.startswith("curl ")
-        printed = run(command.replace("curl ", "curl -sS ").replace(":8000", f":{started.port}"), PROJECT)
+        printed = run(
+            command.replace("curl ", "curl -sS ").replace(":8000", f":{started.port}"), PROJECT
+        )
         assert without_times(printed) == without_times(shown)
 
 
@@ -78,9 +82,13 @@ def test_the_gate_runs_the_readmes_test_and_proof_commands() -> None:
     assert INDENTED[2] in gate
 
 
-def test_the_command_for_a_real_sale_serves(started: Service, fresh_copy: Path, tmp_path: Path) -> None:
+def test_the_command_for_a_real_sale_serves(
+    started: Service, fresh_copy: Path, tmp_path: Path
+) -> None:
     assert ".venv/bin/gunicorn app:app" in INDENTED
-    with Service(tmp_path, str(fresh_copy / ".venv/bin/gunicorn"), "app:app", cwd=fresh_copy) as service:
+    with Service(
+        tmp_path, str(fresh_copy / ".venv/bin/gunicorn"), "app:app", cwd=fresh_copy
+    ) as service:
         assert service.buy().status_code == 200
 
 

@@ -51,8 +51,13 @@ def cluster(network: Network) -> Iterator[Cluster]:
 def hosts(
     tmp_path_factory: pytest.TempPathFactory, network: Network, cluster: Cluster
 ) -> Iterator[list[AppHost]]:
-    folder, settings = tmp_path_factory.mktemp("hosts"), SETTINGS | {"DATABASE_URL": cluster.url("sale")}
-    started = [AppHost(folder, network, name, APP_PORT + n, **settings) for n, name in enumerate(APP_HOSTS)]
+    folder, settings = (
+        tmp_path_factory.mktemp("hosts"),
+        SETTINGS | {"DATABASE_URL": cluster.url("sale")},
+    )
+    started = [
+        AppHost(folder, network, name, APP_PORT + n, **settings) for n, name in enumerate(APP_HOSTS)
+    ]
     with serving(started) as running:
         yield running
 
@@ -61,13 +66,19 @@ def urls(hosts: list[AppHost]) -> list[str]:
     return [host.url for host in hosts]
 
 
-def test_a_thousand_buyers_at_three_hosts_buy_each_of_100_tickets_once(hosts: list[AppHost]) -> None:
+def test_a_thousand_buyers_at_three_hosts_buy_each_of_100_tickets_once(
+    hosts: list[AppHost],
+) -> None:
     orders = proof.single_orders(1000)
     crowds = [proof.Crowd(host.url, place, orders[place::3]) for place, host in enumerate(hosts)]
     history = proof.hold_sale(proof.Api(hosts[0].url), 100, crowds)
     told = Counter(a.status for a in history.attempts)
     assert told[proof.SOLD] == 100
-    assert set(told) <= {proof.SOLD, proof.SOLD_OUT, proof.BUSY}  # cold pools, half a second for the lock
+    assert set(told) <= {
+        proof.SOLD,
+        proof.SOLD_OUT,
+        proof.BUSY,
+    }  # cold pools, half a second for the lock
     assert len({a.purchase_id for a in history.attempts if a.status == proof.SOLD}) == 100
     checks = proof.verify([history], proof.find_violations([history]))
     assert all(passed for passed, _ in checks), checks
@@ -125,7 +136,10 @@ def slow_ways(network: Network, cluster: Cluster) -> Iterator[list[Proxy]]:
 
 
 def test_a_way_to_the_database_that_is_slow_and_cut_now_and_then_loses_no_sale(
-    tmp_path_factory: pytest.TempPathFactory, network: Network, cluster: Cluster, slow_ways: list[Proxy]
+    tmp_path_factory: pytest.TempPathFactory,
+    network: Network,
+    cluster: Cluster,
+    slow_ways: list[Proxy],
 ) -> None:
     folder, started = tmp_path_factory.mktemp("slow"), []
     for place, (name, way) in enumerate(zip(APP_HOSTS, slow_ways, strict=True)):

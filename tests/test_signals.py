@@ -46,9 +46,9 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(tmp_path: Path, numbe
             wait_until(lambda: "Handling signal" in service.log, 10, "the signal wasn't handled")
         assert service.process.wait(30) == 0
         rush.join()
-    assert Counter((answer.status, answer.text if answer.status == 0 else "") for answer in answers) == {
-        (200, ""): WAITING
-    }
+    assert Counter(
+        (answer.status, answer.text if answer.status == 0 else "") for answer in answers
+    ) == {(200, ""): WAITING}
     assert purchases(tmp_path) == WAITING
 
 
@@ -94,14 +94,18 @@ class Rush:
             thread.join(60)
 
     def wait_for(self, number: int) -> None:
-        wait_until(lambda: self.outcomes["200"] >= number, 20, f"not {number} sales: {self.outcomes}")
+        wait_until(
+            lambda: self.outcomes["200"] >= number, 20, f"not {number} sales: {self.outcomes}"
+        )
 
 
 def test_sigterm_under_load_loses_no_request_that_was_sent(tmp_path: Path) -> None:
     with Service(tmp_path, INITIAL_STOCK="1000000") as service, Rush(service.port) as rush:
         rush.wait_for(100)
         assert service.stop(signal.SIGTERM) == 0
-        wait_until(lambda: rush.outcomes["refused"] == len(rush.threads), 20, "somebody is still answered")
+        wait_until(
+            lambda: rush.outcomes["refused"] == len(rush.threads), 20, "somebody is still answered"
+        )
     assert set(rush.outcomes) == {"200", "refused"}
     assert rush.outcomes["200"] == purchases(tmp_path)
 
@@ -160,7 +164,9 @@ def start_upgrade(service: Service) -> int:
     wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
     old = set(service.workers())
     service.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers")
+    wait_until(
+        lambda: service.log.count("Booting worker") == 4, 20, "the new master has no workers"
+    )
     (new_master,) = set(service.workers()) - old
     return new_master
 

@@ -12,7 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from service import PROJECT, Answer, Service, free_port, need, parse_answer, purchase_request, wait_until
+from service import (
+    PROJECT,
+    Answer,
+    Service,
+    free_port,
+    need,
+    parse_answer,
+    purchase_request,
+    wait_until,
+)
 
 SLOW_CLIENTS = 200
 HALF_A_HEADER = b"POST /buy_ticket HTTP/1.1\r\nHost: te"
@@ -24,7 +33,9 @@ def render(folder: Path, port: int, upstreams: list[int]) -> Path:
     """deploy/nginx.conf with another port and other places; whatever else is in it is what is tested."""
     text = (PROJECT / "deploy" / "nginx.conf").read_text()
     servers = " ".join(f"server 127.0.0.1:{upstream} max_fails=0;" for upstream in upstreams)
-    temporary = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in ("client_body", "proxy", "fastcgi"))
+    temporary = "".join(
+        f"{kind}_temp_path {folder}/{kind}; " for kind in ("client_body", "proxy", "fastcgi")
+    )
     temporary += "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in ("uwsgi", "scgi"))
     for old, new in {
         "listen 80 ": f"listen 127.0.0.1:{port} ",
@@ -68,7 +79,9 @@ def address(number: int) -> str:
 
 
 def ask(port: int, raw_request: bytes, source: str = "127.0.0.1") -> Answer:
-    with socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(source, 0)) as client:
+    with socket.create_connection(
+        ("127.0.0.1", port), timeout=20, source_address=(source, 0)
+    ) as client:
         client.sendall(raw_request)
         return parse_answer(b"".join(iter(lambda: client.recv(65536), b"")))
 
@@ -83,7 +96,9 @@ def post(path: str, body: bytes = b"", headers: str = "") -> bytes:
 
 
 def buy(key: str = "") -> bytes:
-    return post("/buy_ticket", b'{"customer_id": "alice"}', f"Idempotency-Key: {key}\r\n" if key else "")
+    return post(
+        "/buy_ticket", b'{"customer_id": "alice"}', f"Idempotency-Key: {key}\r\n" if key else ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +120,9 @@ def slow_clients(port: int) -> Iterator[list[socket.socket]]:
         clients = []
         for number in range(SLOW_CLIENTS):
             source = (address(number), 0)
-            client = socket.create_connection(("127.0.0.1", port), timeout=20, source_address=source)
+            client = socket.create_connection(
+                ("127.0.0.1", port), timeout=20, source_address=source
+            )
             clients.append(stack.enter_context(client))
             client.sendall(HALF_A_BODY if number % 2 else HALF_A_HEADER)
         yield clients
@@ -138,7 +155,9 @@ def test_200_clients_that_stop_half_way_cost_the_others_at_most_twice_their_time
         undisturbed_s = median_purchase_s(port, 1_000 + 200 * attempt)
         with slow_clients(port) as clients:
             disturbed_s = median_purchase_s(port, 1_100 + 200 * attempt)
-            if all(is_open(client) for client in clients):  # else nginx let go of some before the end
+            if all(
+                is_open(client) for client in clients
+            ):  # else nginx let go of some before the end
                 ratios.append(disturbed_s / undisturbed_s)
     assert ratios
     assert min(ratios) <= 2, ratios
@@ -148,7 +167,9 @@ def test_without_nginx_they_would_keep_everybody_from_buying(service: Service) -
     """Why a proxy that buffers belongs in front: each of them has a worker for itself."""
     with ExitStack() as stack:
         with slow_clients(service.port):
-            buyer = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=1))
+            buyer = stack.enter_context(
+                socket.create_connection(("127.0.0.1", service.port), timeout=1)
+            )
             buyer.sendall(buy())
             with pytest.raises(TimeoutError):
                 buyer.recv(1)
@@ -158,7 +179,9 @@ def test_without_nginx_they_would_keep_everybody_from_buying(service: Service) -
 
 def test_a_client_that_stops_half_way_is_let_go_within_seconds(port: int) -> None:
     with slow_clients(port) as clients:
-        wait_until(lambda: not any(is_open(client) for client in clients), 10, "somebody is still served")
+        wait_until(
+            lambda: not any(is_open(client) for client in clients), 10, "somebody is still served"
+        )
 
 
 def test_the_services_own_answers_pass_unchanged(port: int) -> None:
@@ -168,7 +191,9 @@ def test_the_services_own_answers_pass_unchanged(port: int) -> None:
     missing = ask(port, get("/nowhere"))
     assert (missing.status, missing.json["message"][:30]) == (404, "There is nothing at this path ")
     assert (
-        ask(port, post("/buy_ticket", b"[]")).json["message"].startswith("The body has to be a JSON object")
+        ask(port, post("/buy_ticket", b"[]"))
+        .json["message"]
+        .startswith("The body has to be a JSON object")
     )
 
 
@@ -213,7 +238,9 @@ def test_too_many_requests_from_one_address_are_told_when_to_retry(port: int) ->
         "/reset/",
     ],
 )
-def test_what_is_for_operators_is_closed_to_the_outside(port: int, service: Service, path: str) -> None:
+def test_what_is_for_operators_is_closed_to_the_outside(
+    port: int, service: Service, path: str
+) -> None:
     before = service.get("/audit")["purchase_records"]
     for raw_request in (get(path), post(path)):
         answer = ask(port, raw_request)
@@ -278,6 +305,11 @@ def test_the_service_is_told_who_asks_whatever_the_client_claims(
 def test_while_the_service_is_down_nginx_says_so_in_json(tmp_path: Path) -> None:
     with nginx(tmp_path, free_port()) as port:
         answer = ask(
-            port, purchase_request("alice").replace(b"Host: test", b"Host: test\r\nConnection: close")
+            port,
+            purchase_request("alice").replace(b"Host: test", b"Host: test\r\nConnection: close"),
         )
-    assert (answer.status, answer.headers["retry-after"], answer.json["success"]) == (502, "1", False)
+    assert (answer.status, answer.headers["retry-after"], answer.json["success"]) == (
+        502,
+        "1",
+        False,
+    )

@@ -20,7 +20,9 @@ OpenStore = Callable[..., Any]
 @contextmanager
 def write_lock(database: Path) -> Iterator[sqlite3.Connection]:
     """Another program in the middle of a write."""
-    with closing(sqlite3.connect(database, isolation_level=None, check_same_thread=False)) as connection:
+    with closing(
+        sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    ) as connection:
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
@@ -47,8 +49,14 @@ def test_the_database_belongs_to_its_owner_alone(open_store: OpenStore, database
         ("UPDATE inventory SET stock = -1", "CHECK constraint failed: stock >= 0"),
         ("UPDATE inventory SET stock = 6", "CHECK constraint failed: stock <= initial_stock"),
         ("UPDATE inventory SET stock = NULL", "NOT NULL constraint failed: inventory.stock"),
-        ("UPDATE inventory SET stock = 'many'", "cannot store TEXT value in INTEGER column inventory.stock"),
-        ("UPDATE inventory SET initial_stock = 3", "CHECK constraint failed: stock <= initial_stock"),
+        (
+            "UPDATE inventory SET stock = 'many'",
+            "cannot store TEXT value in INTEGER column inventory.stock",
+        ),
+        (
+            "UPDATE inventory SET initial_stock = 3",
+            "CHECK constraint failed: stock <= initial_stock",
+        ),
         (
             "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (2, 'x', 1, 1)",
             "CHECK constraint failed: item_id = 1",
@@ -81,7 +89,9 @@ def test_the_schema_refuses_what_must_never_be(
     store.reset(5)
     store.buy("alice", "key-1")
     execute(database, "UPDATE inventory SET stock = 5")
-    with pytest.raises(sqlite3.IntegrityError, match=constraint.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(
+        sqlite3.IntegrityError, match=constraint.replace("(", r"\(").replace(")", r"\)")
+    ):
         execute(database, statement)
     assert store.audit() == (5, 5, 1)
 
@@ -110,7 +120,9 @@ def test_a_purchase_that_fails_half_way_leaves_nothing(
     assert store.buy("alice").remaining_stock == 4
 
 
-def test_a_lock_held_too_long_is_busy_after_the_lock_timeout(open_store: OpenStore, database: Path) -> None:
+def test_a_lock_held_too_long_is_busy_after_the_lock_timeout(
+    open_store: OpenStore, database: Path
+) -> None:
     store = open_store(stock=5, lock_timeout_s=2)
     with write_lock(database):
         started = time.monotonic()
@@ -128,7 +140,9 @@ def test_a_lock_timeout_of_zero_tries_once(open_store: OpenStore, database: Path
     assert store.buy("alice").remaining_stock == 4
 
 
-def test_a_purchase_waits_for_a_lock_that_is_freed_in_time(open_store: OpenStore, database: Path) -> None:
+def test_a_purchase_waits_for_a_lock_that_is_freed_in_time(
+    open_store: OpenStore, database: Path
+) -> None:
     store = open_store(stock=5)
     with write_lock(database) as holder:
         sold: list[Any] = []
@@ -141,7 +155,9 @@ def test_a_purchase_waits_for_a_lock_that_is_freed_in_time(open_store: OpenStore
     assert sold[0].remaining_stock == 4
 
 
-def test_nothing_but_busy_is_tried_again(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_busy_is_tried_again(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = []
 
     class Connection(sqlite3.Connection):
@@ -153,7 +169,9 @@ def test_nothing_but_busy_is_tried_again(open_store: OpenStore, monkeypatch: pyt
 
     store = open_store(stock=5)
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: connect(*args, factory=Connection, **kw))
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *args, **kw: connect(*args, factory=Connection, **kw)
+    )
     with pytest.raises(db.Unavailable, match="syntax error"):
         store.buy("alice")
     assert begun == ["BEGIN IMMEDIATE"]
@@ -184,7 +202,9 @@ def test_create_comes_up_at_once_while_somebody_holds_the_write_lock(
         assert time.monotonic() - started < 10
 
 
-def test_the_check_waits_for_the_lock_as_a_purchase_does(open_store: OpenStore, database: Path) -> None:
+def test_the_check_waits_for_the_lock_as_a_purchase_does(
+    open_store: OpenStore, database: Path
+) -> None:
     patient, impatient = open_store(lock_timeout_s=60), open_store(lock_timeout_s=0.2)
     with write_lock(database) as holder:
         with pytest.raises(db.Busy):
@@ -212,7 +232,9 @@ def test_a_check_that_cannot_flush_says_unavailable(
     store.check()
 
 
-def test_the_standing_connection_keeps_the_wal_between_sales(open_store: OpenStore, database: Path) -> None:
+def test_the_standing_connection_keeps_the_wal_between_sales(
+    open_store: OpenStore, database: Path
+) -> None:
     store = open_store(stock=5)
     store.buy("alice")
     wal = Path(f"{database}-wal")
@@ -245,7 +267,10 @@ def test_checkpoints_keep_the_wal_small(
 
 
 def test_a_reader_that_never_ends_delays_no_purchase_for_long(
-    open_store: OpenStore, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    open_store: OpenStore,
+    database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(db, "CHECKPOINT_EVERY", 2)
     store = open_store(stock=10)
@@ -258,12 +283,16 @@ def test_a_reader_that_never_ends_delays_no_purchase_for_long(
             started = time.monotonic()
             store.buy("alice")
             waits.append(time.monotonic() - started)
-    assert min(waits[0::2]) < 0.25  # the ones with a checkpoint; the disk may have held some of them up
+    assert (
+        min(waits[0::2]) < 0.25
+    )  # the ones with a checkpoint; the disk may have held some of them up
     assert "checkpoint incomplete" in caplog.text
     assert store.audit() == (10, 2, 8)
 
 
-def test_a_file_that_is_no_database_is_refused_and_left_alone(open_store: OpenStore, database: Path) -> None:
+def test_a_file_that_is_no_database_is_refused_and_left_alone(
+    open_store: OpenStore, database: Path
+) -> None:
     database.write_text("shopping list\n" * 100)
     with pytest.raises(db.Unavailable, match=r"inventory\.db: file is not a database"):
         open_store()
@@ -296,7 +325,9 @@ def test_another_version_of_the_schema_is_refused(open_store: OpenStore, databas
 
 
 def test_a_missing_folder_is_named(open_store: OpenStore, tmp_path: Path) -> None:
-    store = db.open_store(f"sqlite:///{tmp_path}/missing/inventory.db", "Concert", 5, 5.0)
+    store = __import__("app").open_store(
+        f"sqlite:///{tmp_path}/missing/inventory.db", "Concert", 5, 5.0
+    )
     with pytest.raises(db.Unavailable, match=r"missing/inventory\.db"):
         store.create()
 
@@ -315,7 +346,7 @@ def test_a_link_leads_to_the_database_and_its_wal(
         open_store(stock=5)
     link.parent.mkdir()
     link.symlink_to(database)
-    store = db.open_store(f"sqlite:///{link}", "Concert", 5, 5.0)
+    store = __import__("app").open_store(f"sqlite:///{link}", "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     assert execute(database, "SELECT stock FROM inventory") == [(4,)]
@@ -327,7 +358,7 @@ def test_what_is_looked_up_together_is_read_in_one_statement(open_store: OpenSto
     store = open_store(stock=1)
     store.buy("alice", "key-1")
     told: list[str] = []
-    with store._reader() as reader:
+    with store.file.reader() as reader:
         reader.connection.set_trace_callback(told.append)
     assert store.buy("alice", "key-1").replayed
     with pytest.raises(db.SoldOut):
@@ -351,7 +382,7 @@ def test_a_copy_that_lost_its_wal_mode_gets_it_again(
 ) -> None:
     open_store(stock=5).buy("alice")
     execute(database, f"VACUUM INTO '{tmp_path}/copy.db'")
-    store = db.open_store(f"sqlite:///{tmp_path}/copy.db", "Concert", 5, 5.0)
+    store = __import__("app").open_store(f"sqlite:///{tmp_path}/copy.db", "Concert", 5, 5.0)
     store.create()
     assert store.buy("bob").remaining_stock == 3
     store.close()
@@ -361,7 +392,9 @@ def test_a_reading_waits_a_little_for_a_lock_whatever_the_lock_timeout(
     open_store: OpenStore, database: Path
 ) -> None:
     store = open_store(stock=5, lock_timeout_s=0)
-    with closing(sqlite3.connect(database, isolation_level=None, check_same_thread=False)) as holder:
+    with closing(
+        sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    ) as holder:
         holder.execute("PRAGMA locking_mode = EXCLUSIVE")  # as a recovery does for a moment
         holder.execute("UPDATE inventory SET stock = 4")
         with (
@@ -377,7 +410,7 @@ def test_a_reading_waits_a_little_for_a_lock_whatever_the_lock_timeout(
 
 def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
     path = tmp_path / "50% off?#1 &mode=memory.db"
-    store = db.open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
+    store = __import__("app").open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     store.close()
@@ -386,24 +419,32 @@ def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "inventory.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://a/b", "sqlite:/x.db"],
+    [
+        "",
+        "inventory.db",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "mysql://a/b",
+        "sqlite:/x.db",
+    ],
 )
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="sqlite:///"):
-        db.open_store(url, "Concert", 5, 5.0)
+        __import__("app").open_store(url, "Concert", 5, 5.0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_standing_connection_is_never_used_by_a_forked_process(open_store: OpenStore) -> None:
     store = open_store(stock=5)
     store.buy("alice")
-    standing = store._reader()
+    standing = store.file.reader()
     with standing:
         pass
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        with store._reader() as reader:
+        with store.file.reader() as reader:
             sender.send((reader is standing, store.buy("bob").remaining_stock))
         os._exit(0)
 
@@ -415,14 +456,16 @@ def test_a_standing_connection_is_never_used_by_a_forked_process(open_store: Ope
     assert store.audit() == (5, 3, 2)
 
 
-def test_a_restored_database_is_noticed(open_store: OpenStore, database: Path, tmp_path: Path) -> None:
+def test_a_restored_database_is_noticed(
+    open_store: OpenStore, database: Path, tmp_path: Path
+) -> None:
     store = open_store(stock=5)
     store.buy("alice")
     for suffix in ("", "-wal", "-shm"):
         os.rename(f"{database}{suffix}", tmp_path / f"old{suffix}")
-    other = db.open_store(f"sqlite:///{database}", "Concert", 3, 5.0)
+    other = __import__("app").open_store(f"sqlite:///{database}", "Concert", 3, 5.0)
     other.create()
-    deadline = time.monotonic() + db.REPLACED_CHECK_S + 1
+    deadline = time.monotonic() + __import__("sqlite.wal").wal.REPLACED_CHECK_S + 1
     while store.inventory().initial_stock != 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert store.inventory()[2:5] == (3, 3, 0)
@@ -436,7 +479,13 @@ def test_a_database_that_comes_back_is_used_again(open_store: OpenStore, databas
     store.close()
     hidden = database.with_suffix(".hidden")
     os.rename(database, hidden)
-    for call in (store.inventory, store.audit, store.check, lambda: store.buy("bob"), lambda: store.reset(1)):
+    for call in (
+        store.inventory,
+        store.audit,
+        store.check,
+        lambda: store.buy("bob"),
+        lambda: store.reset(1),
+    ):
         with pytest.raises(db.Unavailable, match="unable to open database file"):
             call()
     os.rename(hidden, database)
@@ -444,7 +493,7 @@ def test_a_database_that_comes_back_is_used_again(open_store: OpenStore, databas
 
 
 def hammer(url: str, threads: int, seconds: float, counts: Any) -> None:
-    store = db.open_store(url, "Concert", 0, 5.0)
+    store = __import__("app").open_store(url, "Concert", 0, 5.0)
     deadline = time.monotonic() + seconds
     sold, failed = [0] * threads, []
 
@@ -465,12 +514,16 @@ def hammer(url: str, threads: int, seconds: float, counts: Any) -> None:
     counts.put((sum(sold), failed))
 
 
-def test_64_threads_in_4_processes_are_never_told_busy(open_store: OpenStore, store_url: str) -> None:
+def test_64_threads_in_4_processes_are_never_told_busy(
+    open_store: OpenStore, store_url: str
+) -> None:
     store = open_store(stock=1_000_000)
     seconds = float(os.environ.get("STRESS_SECONDS", "15"))
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()
-    processes = [context.Process(target=hammer, args=(store_url, 16, seconds, counts)) for _ in range(4)]
+    processes = [
+        context.Process(target=hammer, args=(store_url, 16, seconds, counts)) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     results = [counts.get(timeout=seconds + 60) for _ in processes]

@@ -30,7 +30,9 @@ WITHOUT_GUNICORN = (
 
 
 def test_the_local_demo_prints_a_banner_and_allows_reset(tmp_path: Path) -> None:
-    with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="", ITEM_NAME="Zoë's show", INITIAL_STOCK="7") as service:
+    with Service(
+        tmp_path, *LOCAL_DEMO, ALLOW_RESET="", ITEM_NAME="Zoë's show", INITIAL_STOCK="7"
+    ) as service:
         banner = service.log.split("Starting gunicorn")[0]
         for part in ("Zoë's show", "7 units, 7 left", "BEGIN IMMEDIATE", "5 s", service.url):
             assert part in banner
@@ -47,7 +49,9 @@ def test_the_local_demo_leaves_reset_off_where_the_variable_says_so(tmp_path: Pa
         assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
 
 
-def test_the_local_demo_leaves_reset_off_on_an_address_that_others_may_reach(tmp_path: Path) -> None:
+def test_the_local_demo_leaves_reset_off_on_an_address_that_others_may_reach(
+    tmp_path: Path,
+) -> None:
     with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="", HOST="127.0.0.2") as service:
         assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
 
@@ -57,7 +61,9 @@ def test_under_gunicorn_reset_is_off_by_default(tmp_path: Path) -> None:
         assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
 
 
-def test_the_local_demo_runs_from_another_folder_and_keeps_its_database_there(tmp_path: Path) -> None:
+def test_the_local_demo_runs_from_another_folder_and_keeps_its_database_there(
+    tmp_path: Path,
+) -> None:
     demo = (sys.executable, str(PROJECT / "app.py"))
     with Service(tmp_path, *demo, cwd=tmp_path, DATABASE_URL="") as service:
         assert service.buy().status_code == 200
@@ -113,7 +119,9 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = run_to_end(LOCAL_DEMO, DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port))
+        done = run_to_end(
+            LOCAL_DEMO, DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port)
+        )
     assert done.returncode == 1
     assert re.fullmatch(
         rf"Cannot start: .*Address already in use .*'127\.0\.0\.1', {port}.* - set HOST or PORT\n",
@@ -123,7 +131,9 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [LOCAL_DEMO, GUNICORN])
-def test_a_database_that_is_not_ours_is_told_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_a_database_that_is_not_ours_is_told_in_one_line(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
     path = tmp_path / "inventory.db"
     path.write_text("shopping list\n" * 100)
     done = run_to_end(command, DATABASE_URL=f"sqlite:///{path}", PORT=str(free_port()))
@@ -148,7 +158,9 @@ def test_a_read_only_folder_is_told_in_one_line(tmp_path: Path) -> None:
     )
     tmp_path.chmod(0o700)
     assert done.returncode == 4
-    assert re.fullmatch(r"Cannot start: .*(Read-only file system|Permission denied).*\n", done.stderr)
+    assert re.fullmatch(
+        r"Cannot start: .*(Read-only file system|Permission denied).*\n", done.stderr
+    )
 
 
 def test_a_host_that_can_be_none_is_told_in_one_line(tmp_path: Path) -> None:
@@ -158,7 +170,9 @@ def test_a_host_that_can_be_none_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> None:
-    services = [Service(tmp_path, *GUNICORN, INITIAL_STOCK="10", WEB_CONCURRENCY="1") for _ in range(8)]
+    services = [
+        Service(tmp_path, *GUNICORN, INITIAL_STOCK="10", WEB_CONCURRENCY="1") for _ in range(8)
+    ]
     try:
         for service in services:
             service.__enter__()
@@ -199,7 +213,8 @@ def test_a_worker_that_is_killed_is_replaced_while_the_write_lock_is_held(tmp_pa
 
 def test_gunicorn_does_not_start_a_worker_again_and_again_that_cannot_start(tmp_path: Path) -> None:
     done = run_to_end(
-        (*GUNICORN, "--config", os.devnull), DATABASE_URL=f"sqlite:///{tmp_path}/missing/inventory.db"
+        (*GUNICORN, "--config", os.devnull),
+        DATABASE_URL=f"sqlite:///{tmp_path}/missing/inventory.db",
     )
     assert done.returncode == 4
     assert "Cannot start:" in done.stderr

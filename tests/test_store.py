@@ -128,7 +128,9 @@ def test_one_customer_may_buy_several_units_under_several_keys(open_store: OpenS
     assert store.audit() == (5, 1, 4)
 
 
-@pytest.mark.parametrize("customer_id", ["x" * 128, "Zoë 東京 🎫", "'; DROP TABLE purchases; --", "%s {0} ?"])
+@pytest.mark.parametrize(
+    "customer_id", ["x" * 128, "Zoë 東京 🎫", "'; DROP TABLE purchases; --", "%s {0} ?"]
+)
 def test_any_customer_id_is_data(open_store: OpenStore, customer_id: str) -> None:
     store = open_store(stock=2)
     first = store.buy(customer_id, "key-1")
@@ -183,7 +185,9 @@ def test_forty_buyers_at_once_get_ten_units_once_each(open_store: OpenStore) -> 
     assert store.audit() == (10, 0, 10)
 
 
-def test_requests_with_one_key_at_once_sell_one_unit_and_get_one_answer(open_store: OpenStore) -> None:
+def test_requests_with_one_key_at_once_sell_one_unit_and_get_one_answer(
+    open_store: OpenStore,
+) -> None:
     store = open_store(stock=10)
     results = buy_in_threads(store, [("alice", "key-1")] * 20)
     assert len({(result.purchase_id, result.remaining_stock) for result in results}) == 1
@@ -201,7 +205,7 @@ def test_requests_with_one_key_for_the_last_unit_all_get_it(open_store: OpenStor
 
 
 def create_and_report(url: str, barrier: Any, results: Any) -> None:
-    store = db.open_store(url, "Concert", 5, 5.0)
+    store = __import__("app").open_store(url, "Concert", 5, 5.0)
     barrier.wait(60)
     try:
         store.create()
@@ -217,7 +221,8 @@ def test_eight_processes_create_one_stock(store_url: str) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(8), context.Queue()
     processes = [
-        context.Process(target=create_and_report, args=(store_url, barrier, results)) for _ in range(8)
+        context.Process(target=create_and_report, args=(store_url, barrier, results))
+        for _ in range(8)
     ]
     for process in processes:
         process.start()

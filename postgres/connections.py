@@ -45,7 +45,9 @@ STATEMENT_RESERVE_S = 2.0  # then the server gives up by itself what nobody wait
 
 INTEGER_TYPES = (20, 23)  # the oids of bigint and integer
 Row = tuple[Any, ...]
-Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+Selector: type[selectors.BaseSelector] = getattr(
+    selectors, "PollSelector", selectors.SelectSelector
+)
 
 KEEP_CONNECTION = (  # after these it is as good as before
     errors.LockNotAvailable,
@@ -72,7 +74,9 @@ class Connections:
         try:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.ProgrammingError:  # its message may show the password
-            raise ValueError("must be postgresql://user:password@host/database, %-encoded") from None
+            raise ValueError(
+                "must be postgresql://user:password@host/database, %-encoded"
+            ) from None
         self._conninfo = conninfo.make_conninfo("", **{**CONNECTION, **given})
 
     def open(self) -> "Connection":
@@ -84,7 +88,9 @@ class Connections:
     def __str__(self) -> str:
         """Where to, without user and password."""
         place = conninfo.conninfo_to_dict(self._conninfo)
-        return " ".join(f"{name} {place[name]}" for name in ("host", "port", "dbname") if place.get(name))
+        return " ".join(
+            f"{name} {place[name]}" for name in ("host", "port", "dbname") if place.get(name)
+        )
 
     @contextmanager
     def until(self, deadline: float) -> Iterator["Connection"]:
@@ -112,7 +118,9 @@ class Connections:
                 connection = pool.getconn(CONNECT_POLL_S)
             except PoolTimeout:
                 if pool.get_stats().get("connections_errors") != failures:
-                    raise db.Unavailable("can't connect to PostgreSQL, see the log of psycopg.pool") from None
+                    raise db.Unavailable(
+                        "can't connect to PostgreSQL, see the log of psycopg.pool"
+                    ) from None
                 if time.monotonic() >= until:
                     raise db.Busy(time.monotonic() - started) from None
             else:
@@ -236,7 +244,9 @@ def _value(result: PGresult, column: int) -> int | str | None:
     return int(value) if result.ftype(column) in INTEGER_TYPES else value.decode()
 
 
-def _number(name: str, kind: type[int] | type[float], default: float, lowest: float, highest: float) -> float:
+def _number(
+    name: str, kind: type[int] | type[float], default: float, lowest: float, highest: float
+) -> float:
     """A number from the environment; raises ValueError in words that go after "DATABASE_URL"."""
     text = os.environ.get(name) or default
     try:
@@ -244,5 +254,7 @@ def _number(name: str, kind: type[int] | type[float], default: float, lowest: fl
     except ValueError:
         value = -1
     if not lowest <= value <= highest:
-        raise ValueError(f"needs {name} to be {kind.__name__} from {lowest} to {highest}, not {text!r}")
+        raise ValueError(
+            f"needs {name} to be {kind.__name__} from {lowest} to {highest}, not {text!r}"
+        )
     return value

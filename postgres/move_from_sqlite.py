@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 
 import db
-from backends.postgres import PostgresStore
+from postgres.store import PostgresStore
 
 TAKE_OVER = "UPDATE inventory SET item_name = %s, stock = %s, initial_stock = %s, last_updated = %s"
 COLUMNS = "purchase_id, item_id, customer_id, idempotency_key, remaining_stock, purchase_time"
@@ -25,7 +25,9 @@ def move(path: Path, url: str) -> db.Audit:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as source:
         source.isolation_level = None
         source.execute("BEGIN IMMEDIATE")  # nobody sells there meanwhile
-        item_name, initial_stock = source.execute("SELECT item_name, initial_stock FROM inventory").fetchone()
+        item_name, initial_stock = source.execute(
+            "SELECT item_name, initial_stock FROM inventory"
+        ).fetchone()
         store = PostgresStore(url, item_name, initial_stock, lock_timeout_s=5.0)
         store.create()
         with psycopg.connect(url) as target:  # one transaction
@@ -45,7 +47,7 @@ def _copy(source: sqlite3.Connection, target: psycopg.Connection[tuple[object, .
     ).fetchone()
     target.execute(TAKE_OVER, (*numbers, last_updated + "+00"))
     with target.cursor().copy(f"COPY purchases ({COLUMNS}) FROM STDIN".encode()) as copy:
-        for *columns, purchase_time in source.execute(f"SELECT {COLUMNS} FROM purchases"):  # noqa: S608
+        for *columns, purchase_time in source.execute(f"SELECT {COLUMNS} FROM purchases"):
             copy.write_row((*columns, purchase_time + "+00"))
     for (last_id,) in source.execute("SELECT seq FROM sqlite_sequence WHERE name = 'purchases'"):
         target.execute(GO_ON_COUNTING, (last_id,))

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import errors
 
 import db
-from backends.postgres_connections import Connection, Connections, Row
+from postgres.connections import Connection, Connections, Row
 
 # All parts see the database as it was when the statement began; only UPDATE waits for the row and then
 # looks at its newest version. So a key's second sale at the same time gets as far as INSERT, where the
@@ -53,9 +53,11 @@ EXAMINE = """
     SELECT count(*) = 0, max(obj_description(oid, 'pg_class')),
         current_setting('server_encoding'), current_setting('transaction_read_only')
     FROM pg_class WHERE relname IN ('inventory', 'purchases') AND pg_table_is_visible(oid)"""
-FIRST_STOCK = "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (1, %s, %s, %s)"
+FIRST_STOCK = (
+    "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (1, %s, %s, %s)"
+)
 
-SCHEMA = Path(__file__).with_name("schema_postgres.sql")
+SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_MARK = "flash sale inventory, schema 1"  # the comment on the table inventory
 KEY_INDEX = "purchases_by_idempotency_key"
 CREATE_LOCK = 0x464C5348
@@ -70,14 +72,18 @@ MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no
 class PostgresStore:
     """Every method raises Unavailable, with its cause, when the server can't be reached or used."""
 
-    concurrency_model = "PostgreSQL, one statement and one row lock per purchase: UPDATE ... WHERE stock > 0"
+    concurrency_model = (
+        "PostgreSQL, one statement and one row lock per purchase: UPDATE ... WHERE stock > 0"
+    )
 
     def __init__(self, url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
         self._connections = Connections(url, lock_timeout_s)
-        self._first_statement = SELL  # a guess what is cheaper; what is true the database says each time
+        self._first_statement = (
+            SELL  # a guess what is cheaper; what is true the database says each time
+        )
 
     def buy(self, customer_id: str, idempotency_key: str | None = None) -> db.Purchase:
         """Sell one unit; when this returns, the purchase is on the server's disk.
@@ -89,7 +95,9 @@ class PostgresStore:
         deadline = time.monotonic() + self.lock_timeout_s
         statement = self._first_statement
         while True:
-            row = self._ask(statement, sale[statement], deadline, repeatable=idempotency_key is not None)
+            row = self._ask(
+                statement, sale[statement], deadline, repeatable=idempotency_key is not None
+            )
             purchase_id, remaining_stock, earlier_buyer, stock = row
             if earlier_buyer not in (None, customer_id):
                 raise db.KeyReused(idempotency_key or "")
@@ -140,7 +148,9 @@ class PostgresStore:
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (CREATE_LOCK,))
             if not _is_ours(connection):  # else another process was first
                 connection.execute(SCHEMA.read_bytes())
-                connection.execute(FIRST_STOCK, (self.item_name, self.initial_stock, self.initial_stock))
+                connection.execute(
+                    FIRST_STOCK, (self.item_name, self.initial_stock, self.initial_stock)
+                )
 
     def _read(self, statement: str) -> Row:
         """As `_ask`, for a statement that sells nothing."""
@@ -172,7 +182,7 @@ class PostgresStore:
                 refusal, again = error, False
             if not again or time.monotonic() > deadline:
                 raise unknown or refusal
-            time.sleep(random.uniform(0, RETRY_SLEEP_MAX_S))  # noqa: S311
+            time.sleep(random.uniform(0, RETRY_SLEEP_MAX_S))
 
 
 def _row(connection: Connection, statement: str, parameters: Sequence[str | None] | None) -> Row:
@@ -218,7 +228,9 @@ def _is_ours(connection: Connection) -> bool:
     if read_only == "on":
         raise db.Unavailable("this server is read-only: a standby?")
     if not blank and mark != SCHEMA_MARK:
-        raise db.Unavailable(f"its tables are not ours: {mark or 'no mark'!r}, needed is {SCHEMA_MARK!r}")
+        raise db.Unavailable(
+            f"its tables are not ours: {mark or 'no mark'!r}, needed is {SCHEMA_MARK!r}"
+        )
     return not blank
 
 
