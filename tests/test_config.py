@@ -134,7 +134,8 @@ def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     ours = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
     without = run_to_end(
-        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; import app"], **variables
+        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; from app import app"],
+        **variables,
     )
     assert (without.returncode, without.stderr.count("\n")) == (0, 1)
     assert without.stderr.startswith(".env is not read - pip install python-dotenv")
@@ -142,7 +143,7 @@ def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         "import os\n"
         "def load_dotenv(path): os.environ.update([path.read_text().strip().split('=')])\n"
     )
-    read = run_to_end([sys.executable, "-c", f"{ours}; import app"], **variables)
+    read = run_to_end([sys.executable, "-c", f"{ours}; from app import app"], **variables)
     assert read.stderr.startswith("Cannot start: INITIAL_STOCK ")
 
 

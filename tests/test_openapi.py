@@ -19,6 +19,7 @@ from test_raw_sockets import exchange
 import app as service_app
 import db
 from serving.config import MAX_STOCK
+from sqlite.wal import WalDatabase
 
 SCHEMATHESIS_EXAMPLES = 200
 SCHEMATHESIS_LIMIT_S = 240
@@ -124,9 +125,9 @@ def without_store(operation: str) -> Callable[[FlaskClient], Any]:
     method, path = operation.split()
 
     def attempt(client: FlaskClient) -> Any:
-        client.application.extensions["store"] = service_app.open_store(
-            "sqlite:////nowhere/x.db", "Concert", 5, 0.1
-        )
+        store = client.application.extensions["store"]
+        store.file.close()
+        store.file = WalDatabase(Path("/nowhere/x.db"))
         return client.open(path, method=method)
 
     return attempt

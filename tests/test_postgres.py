@@ -734,7 +734,7 @@ def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> 
 
 
 def test_without_psycopg_one_line_says_what_to_install() -> None:
-    program = "import sys; sys.modules['psycopg'] = None; import app"
+    program = "import sys; sys.modules['psycopg'] = None; from app import app"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=PROJECT,
