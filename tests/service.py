@@ -1,4 +1,4 @@
-"""The real service as a process of its own, and crowds of buyers that come at once over real sockets."""
+"""The real service is a process of its own; crowds of buyers come at once over real sockets."""
 
 import json
 import os
@@ -44,7 +44,10 @@ def need(condition: object, reason: str) -> None:
 
 def patched(statements: str) -> tuple[str, ...]:
     """The command that starts gunicorn after `statements` have changed the program."""
-    run = "import sys; from gunicorn.app.wsgiapp import run; sys.argv = ['gunicorn', 'app:app']; run()"
+    run = (
+        "import sys; from gunicorn.app.wsgiapp import run;"
+        " sys.argv = ['gunicorn', 'app:app']; run()"
+    )
     return (sys.executable, "-c", f"{statements}\n{run}")
 
 

@@ -12,11 +12,20 @@ import pytest
 from flask import Flask
 from service import PROJECT, run_to_end
 
-import app as app_module
+from serving.config import NUMBERS, TEXTS, ConfigError, read_config
 
 
+@pytest.fixture
+def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the environment nor a developer's .env sets a variable of the service."""
+    monkeypatch.setattr("serving.config.load_dotenv", lambda path: False)
+    for name in (*TEXTS, *NUMBERS):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("without_variables")
 def test_without_variables_the_defaults_hold() -> None:
-    config = app_module.read_config({})
+    config = read_config()
     workers = config.pop("WEB_CONCURRENCY")
     assert 2 <= workers <= 8
     assert config == {
@@ -30,10 +39,9 @@ def test_without_variables_the_defaults_hold() -> None:
     }
 
 
+@pytest.mark.usefixtures("without_variables")
 def test_an_empty_variable_counts_as_unset() -> None:
-    assert app_module.read_config(dict.fromkeys(app_module.NUMBERS, "")) == app_module.read_config(
-        {}
-    )
+    assert read_config(**dict.fromkeys(NUMBERS, "")) == read_config()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +57,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
     ],
 )
 def test_a_variable_is_read(name: str, value: str, read: Any) -> None:
-    assert app_module.read_config({name: value})[name] == read
+    assert read_config(**{name: value})[name] == read
 
 
 IMPOSSIBLE = [
@@ -79,7 +87,7 @@ IMPOSSIBLE = [
 def test_a_value_that_makes_no_sense_is_named(
     make_app: Callable[..., Flask], database: Path, name: str, value: str
 ) -> None:
-    with pytest.raises(app_module.ConfigError, match=f"^{name} .*"):
+    with pytest.raises(ConfigError, match=f"^{name} .*"):
         make_app(**{name: value})
     assert not database.exists()
 
@@ -104,11 +112,10 @@ def test_a_start_with_such_a_value_ends_with_one_clear_line(
 
 @pytest.mark.parametrize("timeout", ["0", "5", "29.5", "600"])
 def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Flask], timeout: str
+    monkeypatch: pytest.MonkeyPatch, timeout: str
 ) -> None:
-    monkeypatch.setattr(
-        app_module, "app", make_app(LOCK_TIMEOUT=timeout, HOST="127.0.0.2", PORT=1234)
-    )
+    for name, value in {"LOCK_TIMEOUT": timeout, "HOST": "127.0.0.2", "PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
     conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
     assert conf["timeout"] >= math.ceil(float(timeout)) + 20
     assert isinstance(conf["timeout"], int)
@@ -121,22 +128,26 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
 def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     for name in ("app.py", "db.py", "schema.sql"):
         shutil.copy(PROJECT / name, tmp_path)
+    for name in ("serving", "sqlite"):
+        shutil.copytree(PROJECT / name, tmp_path / name)
     (tmp_path / ".env").write_text("INITIAL_STOCK=-5\n")
     ours = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
     without = run_to_end(
-        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; import app"], **variables
+        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; from app import app"],
+        **variables,
     )
     assert (without.returncode, without.stderr.count("\n")) == (0, 1)
     assert without.stderr.startswith(".env is not read - pip install python-dotenv")
     (tmp_path / "dotenv.py").write_text(
-        "import os\ndef load_dotenv(path): os.environ.update([path.read_text().strip().split('=')])\n"
+        "import os\n"
+        "def load_dotenv(path): os.environ.update([path.read_text().strip().split('=')])\n"
     )
-    read = run_to_end([sys.executable, "-c", f"{ours}; import app"], **variables)
+    read = run_to_end([sys.executable, "-c", f"{ours}; from app import app"], **variables)
     assert read.stderr.startswith("Cannot start: INITIAL_STOCK ")
 
 
 def test_every_variable_is_in_the_example_file() -> None:
     example = (PROJECT / ".env.example").read_text(encoding="utf-8")
-    for name in (*app_module.TEXTS, *app_module.NUMBERS):
+    for name in (*TEXTS, *NUMBERS):
         assert f"\n{name}=" in example or f"\n# {name}=" in example
