@@ -1,7 +1,7 @@
 """Flash sale inventory service: many buyers, little stock, one moment; each unit is sold once.
 
-This file is HTTP only: the routes, what a request may be, which status an outcome gets. The database
-decides each sale, in db.py. `python app.py` serves a local demo, `gunicorn app:app` a real sale.
+This file is HTTP only: the routes, what a request may be, which status an outcome gets. The
+database decides each sale, in db.py. `python app.py` serves a demo, `gunicorn app:app` a real sale.
 """
 
 import json
@@ -21,16 +21,16 @@ from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-unty
 from werkzeug.exceptions import HTTPException
 
 import db
-from serving import strict_json
+from serving import json_bodies
 from serving.config import MAX_STOCK, ConfigError, read_config
 from serving.headers import may_reset, with_security_headers
+from serving.json_bodies import json_object_of
 from serving.metrics import PROMETHEUS_TYPE, prometheus_text
 from serving.starting import cannot_start, require_own_settings
 
 VERSION = "1.0.0"
 OPENAPI = Path(__file__).resolve().with_name("serving") / "openapi.json"
 
-MAX_BODY_BYTES = 16 * 1024
 MAX_DISCARDED_BYTES = 8 * 1024 * 1024  # of a refused body; see answer_http_error
 CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -142,44 +142,6 @@ def idempotency_key_of(request: Request) -> str | None:
     return key
 
 
-def json_object_of(request: Request) -> dict[str, Any]:
-    """The body, {} if there is none."""
-    body = read_body(request)
-    if not body:
-        return {}
-    json_type = "application/json"
-    if request.environ.get("CONTENT_TYPE") != json_type and request.mimetype != json_type:
-        abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
-    try:
-        value = strict_json.decode(body)
-    except ValueError:
-        abort(400, 'The body is not valid JSON in UTF-8 - send for example {"customer_id": "c1"}.')
-    if not isinstance(value, dict):
-        abort(400, 'The body has to be a JSON object - send for example {"customer_id": "c1"}.')
-    return value
-
-
-def read_body(request: Request) -> bytes:
-    """The whole body. The environment is asked: Werkzeug's properties cost more than a SELECT."""
-    if "HTTP_TRANSFER_ENCODING" in request.environ:
-        abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
-    try:
-        announced = int(request.environ.get("CONTENT_LENGTH") or 0)  # bytes
-    except ValueError:
-        announced = -1
-    if announced < 0:
-        abort(400, "Content-Length has to be a whole number of bytes.")
-    if announced > MAX_BODY_BYTES:
-        abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
-    try:
-        body = request.get_data()
-    except OSError:  # the client is gone
-        body = b""
-    if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
-        abort(400, "The body ended before its Content-Length - send all of it.")
-    return body
-
-
 # ---- What is answered
 
 HINTS = {
@@ -202,7 +164,7 @@ def json_response(
 ) -> Response:
     """As Flask answers with a dict, for less."""
     return Response(
-        strict_json.encode(body) + "\n", status, headers, content_type="application/json"
+        json_bodies.encode(body) + "\n", status, headers, content_type="application/json"
     )
 
 
@@ -237,7 +199,7 @@ def answer_http_error(error: HTTPException) -> ResponseReturnValue:
                 break
     response = cast(Response, error.get_response())
     message = HINTS.get(response.status_code, error.description)
-    response.set_data(strict_json.encode({"success": False, "message": message}) + "\n")
+    response.set_data(json_bodies.encode({"success": False, "message": message}) + "\n")
     response.content_type = "application/json"
     return response
 
@@ -245,24 +207,26 @@ def answer_http_error(error: HTTPException) -> ResponseReturnValue:
 # ---- The app
 
 
-def open_store(config: dict[str, Any]) -> Store:
-    """The store that DATABASE_URL names; nothing is opened yet. Raises ConfigError."""
-    url = config["DATABASE_URL"]
-    settings = [config[name] for name in ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT")]
+STORE_SETTINGS = ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "DB_POOL_SIZE", "DB_POOL_TIMEOUT")
+
+
+def open_store(url: str, *settings: Any) -> Store:
+    """The store that `url` names, with STORE_SETTINGS; nothing is opened yet. Raises ConfigError."""
     if url.startswith(("postgresql://", "postgres://")):
         try:
             from postgres.store import PostgresStore
         except ImportError as error:
             needs = "needs pip install -r postgres/requirements.txt"
             raise ConfigError(f"DATABASE_URL {needs} ({error})") from error
-        return PostgresStore(url, *settings, config["DB_POOL_SIZE"], config["DB_POOL_TIMEOUT"])
+        return PostgresStore(url, *settings)
     scheme, _, path = url.partition(":///")
     if scheme != "sqlite" or path in ("", ":memory:"):
         raise ConfigError(
             "DATABASE_URL has to be sqlite:///relative/path, sqlite:////absolute/path"
             " or postgresql://user:password@host/database"
         )
-    return db.SQLiteStore(Path(path).resolve(), *settings)  # SQLite puts the WAL where a link leads
+    path_of_file = Path(path).resolve()  # SQLite puts the WAL where a link leads
+    return db.SQLiteStore(path_of_file, *settings[:3])
 
 
 def create_app(**config: Any) -> Flask:
@@ -275,7 +239,8 @@ def create_app(**config: Any) -> Flask:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # its 200 isn't JSON
     app.url_map.merge_slashes = False  # /docs//x is a 404 in JSON, not a redirect in HTML
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.extensions["store"] = store = open_store(app.config)
+    settings = [app.config[name] for name in STORE_SETTINGS]
+    app.extensions["store"] = store = open_store(app.config["DATABASE_URL"], *settings)
     for endpoint, (view, _) in ROUTES.items():
         method, path = endpoint.split()
         app.add_url_rule(path, endpoint, on_store(view, store), methods=[method])
@@ -293,7 +258,7 @@ def create_app(**config: Any) -> Flask:
 def on_store(
     view: Callable[[Store, Request], ResponseReturnValue], store: Store
 ) -> Callable[[], ResponseReturnValue]:
-    """The view with the request itself: each look through Flask's proxy costs as much as a SELECT."""
+    """The view with the request itself: a look through Flask's proxy costs as much as a SELECT."""
     return lambda: view(store, request_proxy._get_current_object())  # type: ignore[attr-defined]
 
 

@@ -39,11 +39,8 @@ def read_config(**overrides: Any) -> dict[str, Any]:
         load_dotenv(ENV_FILE)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f".env can't be read: {error}") from error
-    given = {
-        name: value
-        for name, value in {**os.environ, **overrides}.items()
-        if value not in (None, "")
-    }
+    values = {**os.environ, **overrides}
+    given = {name: value for name, value in values.items() if value not in (None, "")}
     config = {name: _text(name, given.get(name, default)) for name, default in TEXTS.items()}
     config |= {name: _choice(name, given.get(name), values) for name, values in CHOICES.items()}
     config |= {name: _number(name, given.get(name), *limits) for name, limits in NUMBERS.items()}

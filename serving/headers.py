@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# No answer may be stored (a 410 is cacheable by default: RFC 9110, 15.5.11), or taken for another type.
+# No answer may be stored (a 410 is cacheable: RFC 9110, 15.5.11) or taken for another type.
 SECURITY_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

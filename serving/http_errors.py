@@ -1,4 +1,4 @@
-"""What gunicorn answers and refuses by itself, in this service's words; it has no settings for it."""
+"""What gunicorn says by itself, in this service's words; it has no settings for that."""
 
 import logging
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 import gunicorn.config
 import gunicorn.util
 
-from serving import strict_json
+from serving import json_bodies
 from serving.headers import SECURITY_HEADERS
 from serving.starting import cannot_start
 
@@ -18,14 +18,14 @@ QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 def install() -> None:
     gunicorn.util.write_error = write_json_error
     gunicorn.config.WorkerClass.validator = staticmethod(require_sync)
-    gunicorn.config.Threads.validator = staticmethod(require_one_thread)
+    gunicorn.config.WorkerThreads.validator = staticmethod(require_one_thread)
     logging.getLogger("gunicorn.error").addFilter(shorten)
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
     """A request that gunicorn can't parse never reaches the app."""
     text = f"{(message or reason)[:QUOTE_MAX]} - send a valid HTTP/1.1 request"
-    body = strict_json.encode({"success": False, "message": text}).encode()
+    body = json_bodies.encode({"success": False, "message": text}).encode()
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",
@@ -37,7 +37,7 @@ def write_json_error(client: socket.socket, status: int, reason: str, message: s
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """gunicorn logs the line that it can't parse, however long: nobody may fill the log that way."""
+    """gunicorn logs a line that it can't parse, however long: nobody may fill the log that way."""
     if not record.args:
         record.msg = str(record.msg)[:QUOTE_MAX]
     return True

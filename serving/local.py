@@ -67,4 +67,4 @@ def require_free(addresses: list[Any]) -> None:
             if isinstance(place, tuple):  # not the path of a Unix socket
                 socket.create_server(place, family=family).close()
         except (OSError, TypeError, ValueError) as error:  # the latter: no host can have this name
-            cannot_start(f"{error} - set HOST or PORT")
+            cannot_start(f"{error} - set HOST or PORT", 1)  # as gunicorn exits then

@@ -12,14 +12,14 @@ GUNICORN_CONF = Path(__file__).resolve().parent.parent / "gunicorn.conf.py"
 CANNOT_LOAD_APP = 4  # gunicorn's exit status for it: its master doesn't start such a worker again
 
 
-def cannot_start(reason: object) -> NoReturn:
+def cannot_start(reason: object, status: int = CANNOT_LOAD_APP) -> NoReturn:
     """End the process with one line on standard error."""
     say(f"Cannot start: {reason}", sys.stderr)
-    sys.exit(CANNOT_LOAD_APP)
+    sys.exit(status)
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Print also where the terminal lacks the characters, the disk is full or the pipe is closed."""
+    """Print, also where the terminal lacks a character, the disk is full or the pipe is closed."""
     stream = stream or sys.stdout
     with suppress(OSError, ValueError, AttributeError):  # the last: this process has no stream
         encoding = stream.encoding

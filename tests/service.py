@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import requests
 
+from serving.config import CHOICES, NUMBERS, TEXTS
+
 PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 20.0
@@ -72,26 +74,17 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without the service's own variables, then `variables`."""
-    own = (
-        "DATABASE_URL",
-        "ITEM_NAME",
-        "INITIAL_STOCK",
-        "LOCK_TIMEOUT",
-        "ALLOW_RESET",
-        "HOST",
-        "PORT",
-    )
-    kept = {
-        name: value for name, value in os.environ.items() if name not in (*own, "WEB_CONCURRENCY")
-    }
-    return kept | variables
+    own = {*TEXTS, *CHOICES, *NUMBERS, "GUNICORN_CMD_ARGS"}
+    return {name: value for name, value in os.environ.items() if name not in own} | variables
 
 
-def run_to_end(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def run_to_end(
+    command: Sequence[str], cwd: str | Path = PROJECT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A command that is expected to end by itself, in the project's folder."""
     return subprocess.run(
         command,
-        cwd=PROJECT,
+        cwd=cwd,
         env=environment(**variables),
         capture_output=True,
         text=True,

@@ -19,6 +19,7 @@ from test_raw_sockets import exchange
 import app as service_app
 import db
 from serving.config import MAX_STOCK
+from serving.json_bodies import MAX_BODY_BYTES
 from sqlite.wal import WalDatabase
 
 SCHEMATHESIS_EXAMPLES = 200
@@ -143,7 +144,7 @@ def with_failing_disk(path: str) -> Callable[[FlaskClient], Any]:
 
 
 LARGE: dict[str, Any] = {
-    "data": b"{}".ljust(service_app.MAX_BODY_BYTES + 1),
+    "data": b"{}".ljust(MAX_BODY_BYTES + 1),
     "content_type": "application/json",
 }
 CHUNKED: dict[str, Any] = {"headers": {"Transfer-Encoding": "chunked"}}
