@@ -11,6 +11,7 @@ import pytest
 from flask import Flask
 
 import db
+from app import HINTS
 
 Client = Any  # flask.testing.FlaskClient, whose answers' `json` may be None to a type checker
 Rows = Callable[[], tuple[int, list[tuple[Any, ...]]]]
@@ -71,6 +72,7 @@ def test_sold_out_is_answered_410_and_stores_nothing(make_app: MakeApp, rows: Ro
         (db.Busy(5.0), 503, "1"),
         (db.Unavailable("no such folder"), 503, "1"),
         (db.OutcomeUnknown("flush failed"), 500, None),
+        (db.BuyerGone(), 503, "1"),
     ],
 )
 def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
@@ -95,6 +97,13 @@ def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
 
 def test_busy_is_answered_with_the_words_of_the_contract(client: Client) -> None:
     assert db.Busy.message == "Server busy - please retry"
+
+
+@pytest.mark.parametrize("message", [db.Unavailable.message, db.OutcomeUnknown.message, HINTS[500]])
+def test_who_may_have_bought_before_is_told_to_ask_until_it_is_settled(message: str) -> None:
+    """503 speaks of one attempt: an earlier one with the same key may sell after it."""
+    assert "send the same request until 200, 410 or 422" in message
+    assert "nothing was sold" not in message
 
 
 def test_a_bug_is_answered_500_in_json_and_logged_once(
