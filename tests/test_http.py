@@ -299,6 +299,30 @@ def test_no_answer_may_be_stored_or_sniffed(client: Client, path: str) -> None:
     )
 
 
+def test_a_proxy_may_keep_for_a_second_only_what_everybody_may_be_told(client: Client) -> None:
+    kept = [client.get("/inventory"), client.get("/inventory?1")]
+    passed_on = [client.get(path) for path in ("/", "/health", "/audit", "/metrics", "/nowhere")]
+    passed_on += [buy(client), buy(client, key="k"), client.post("/inventory")]
+    client.post("/reset", json={"stock": 0})
+    kept.append(buy(client))
+    passed_on.append(buy(client, key="k"))
+    assert (kept[-1].status_code, passed_on[-1].status_code) == (410, 410)
+    assert not [answer for answer in passed_on if "X-Accel-Expires" in answer.headers]
+    for answer in kept:
+        assert answer.headers["X-Accel-Expires"] == "1"  # second
+        names = [name for name, _ in answer.headers]  # nginx before 1.23 reads them in this order
+        assert names.index("Cache-Control") < names.index("X-Accel-Expires")
+
+
+def test_a_reading_that_failed_is_not_kept(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: object) -> None:
+        raise db.Unavailable("gone")
+
+    monkeypatch.setattr(db.SQLiteStore, "inventory", fail)
+    answer = client.get("/inventory")
+    assert (answer.status_code, "X-Accel-Expires" in answer.headers) == (503, False)
+
+
 def test_answers_are_json_objects_in_one_line(client: Client) -> None:
     for answer in (client.get("/"), buy(client), client.get("/nowhere"), client.get("/buy_ticket")):
         assert isinstance(json.loads(answer.data), dict)
