@@ -1,9 +1,11 @@
 """A sale on SQLite: one item, its stock, and every purchase on record.
 
-The database alone keeps the promise that each unit is sold exactly once: its write lock puts the sales
-one after another, its constraints (schema.sql) refuse what must never be. Nothing in this process
-decides a sale, so any number of threads and processes may use the same file.
+The database alone keeps the promise that each unit is sold exactly once. Its write lock puts the
+sales one after another, and its constraints (schema.sql) refuse what must never be. Nothing in this
+process decides a sale, so any number of threads and processes may use the same file.
 """
+
+from __future__ import annotations
 
 import random
 import sqlite3
@@ -21,82 +23,9 @@ RETRY_SLEEP_MAX_S = 0.005
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 
-FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
-FIND_STOCK_AND_KEY = """
-    SELECT stock, purchase_id, remaining_stock, customer_id
-    FROM inventory LEFT JOIN purchases ON idempotency_key = ? WHERE inventory.item_id = 1"""
-TAKE_UNIT = (
-    "UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
-)
-RECORD_PURCHASE = """
-    INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock) VALUES (1, ?, ?, ?)"""
-FIND_INVENTORY = """
-    SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
-        (SELECT remaining_stock FROM purchases ORDER BY purchase_id DESC LIMIT 1), initial_stock),
-        last_updated FROM inventory"""
-COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
-SET_STOCK = "UPDATE inventory SET stock = ?, initial_stock = ?, last_updated = CURRENT_TIMESTAMP"
-
-
-class StoreError(Exception):
-    """The store refused. `message` is for the buyer, the exception's text for the log."""
-
-    message = ""
-
-
-class SoldOut(StoreError):
-    message = "SOLD OUT - No more inventory available"
-
-
-class Busy(StoreError):
-    message = "Server busy - please retry"
-
-    def __init__(self, waited_s: float) -> None:
-        super().__init__(f"no write lock after {waited_s:.3f} s")
-        self.waited_s = waited_s
-
-
-class KeyReused(StoreError):
-    message = "This Idempotency-Key belongs to another customer's purchase - send a new key"
-
-
-class Unavailable(StoreError):
-    message = "Purchases are not possible at the moment, nothing was sold - please retry later"
-
-
-class OutcomeUnknown(StoreError):
-    message = (
-        "The purchase may or may not have been stored - repeat it with the same Idempotency-Key"
-    )
-
-
-class Purchase(NamedTuple):
-    purchase_id: int
-    remaining_stock: int
-    replayed: bool
-
-
-class Inventory(NamedTuple):
-    item_id: int
-    item_name: str
-    current_stock: int
-    initial_stock: int
-    total_purchases: int  # as the last purchase tells it, so it costs the same at any number
-    last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
-
-
-class Audit(NamedTuple):
-    initial_stock: int
-    current_stock: int
-    purchase_records: int  # counted row by row
-
-    @property
-    def consistent(self) -> bool:
-        return self.current_stock + self.purchase_records == self.initial_stock
-
 
 class SQLiteStore:
-    """Every method raises Unavailable, with its cause, when SQLite can't use the file."""
+    """Every verb raises Unavailable, with its cause, when SQLite can't use the file."""
 
     concurrency_model = "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase"
 
@@ -104,6 +33,7 @@ class SQLiteStore:
         self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float
     ) -> None:
         self.file = WalDatabase(path)
+        self.faults = StoreErrors(path)
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
@@ -111,78 +41,20 @@ class SQLiteStore:
     def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
         """Sell one unit; when this returns, the purchase is on disk.
 
-        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy and
-        Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while committing).
+        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy
+        and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while committing).
         """
-        with self._faults(), self.file.reader() as reader:
+        with self.faults, self.file.reader() as reader:
             # Without the lock first: stock rises only by reset, so a committed 0 is the truth now.
             purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
             if purchase is None:
                 with self._transaction() as connection:
                     reader.require_same_wal()
                     purchase = _sell(connection, customer_id, idempotency_key)
-            self.file.flush(
-                reader
-            )  # for a replay too: its first answer may have died before the flush
+            self.file.flush(reader)  # a replay too: its first answer may have died before the flush
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
             self.file.checkpoint()
         return purchase
-
-    def inventory(self) -> Inventory:
-        with self._faults(), self.file.reader() as reader:
-            return Inventory(*reader.connection.execute(FIND_INVENTORY).fetchone())
-
-    def audit(self) -> Audit:
-        with self._faults(), self.file.reader() as reader:
-            return Audit(*reader.connection.execute(COUNT_PURCHASES).fetchone())
-
-    def reset(self, stock: int) -> None:
-        """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self._faults(), self.file.reader() as reader:
-            with self._transaction() as connection:
-                connection.execute("DELETE FROM purchases")
-                connection.execute(SET_STOCK, (stock, stock))
-            self.file.flush(reader)
-        self.file.checkpoint()
-
-    def check(self) -> None:
-        """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
-        try:
-            with self._faults(), self.file.reader() as reader:
-                with self._transaction() as connection:
-                    connection.execute(FIND_INVENTORY).fetchone()
-                    # As it is, but written: an UPDATE that changes nothing isn't.
-                    connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
-                self.file.flush(reader)
-        except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
-            raise Unavailable(str(error)) from error
-        self.file.checkpoint()
-
-    def create(self) -> None:
-        """Make the tables and the first stock, if they aren't there; safe from many processes at once."""
-        with self._faults():
-            setup.require_usable(self.file.path)
-            with closing(self.file.connect()) as connection:
-                is_ours = setup.has_our_tables(connection)
-                timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
-                mode = _retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
-                if mode.fetchone() != ("wal",):
-                    raise OSError("this file system can't hold a WAL database")
-                if not is_ours:
-                    self._create_tables(timeout_s)
-                if connection.execute(FIND_STOCK).fetchone() is None:
-                    raise OSError("the inventory table is empty")
-
-    def close(self) -> None:
-        self.file.close()
-
-    def __str__(self) -> str:
-        return f"SQLite {sqlite3.sqlite_version}, {self.file.path}"
-
-    def _create_tables(self, timeout_s: float) -> None:
-        with self._transaction(timeout_s) as connection:
-            if not setup.has_our_tables(connection):  # else another process was first
-                setup.create_tables(connection, self.item_name, self.initial_stock)
 
     @contextmanager
     def _transaction(self, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
@@ -200,17 +72,65 @@ class SQLiteStore:
         finally:
             connection.close()
 
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """What keeps SQLite from using the file becomes Unavailable. A refused constraint is a bug: raised."""
+    def inventory(self) -> Inventory:
+        with self.faults, self.file.reader() as reader:
+            return Inventory(*reader.connection.execute(FIND_INVENTORY).fetchone())
+
+    def audit(self) -> Audit:
+        with self.faults, self.file.reader() as reader:
+            return Audit(*reader.connection.execute(COUNT_PURCHASES).fetchone())
+
+    def reset(self, stock: int) -> None:
+        """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
+        with self.faults, self.file.reader() as reader:
+            with self._transaction() as connection:
+                connection.execute("DELETE FROM purchases")
+                connection.execute(SET_STOCK, (stock, stock))
+            self.file.flush(reader)
+        self.file.checkpoint()
+
+    def check(self) -> None:
+        """Go the whole way of a sale without selling: a full disk can still be read.
+
+        Raises Unavailable or Busy if no purchase could be made.
+        """
         try:
-            yield
-        except FlushError as error:
-            raise OutcomeUnknown(str(error)) from error
-        except sqlite3.IntegrityError:
-            raise
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise Unavailable(f"{self.file.path}: {error}") from error
+            with self.faults, self.file.reader() as reader:
+                with self._transaction() as connection:
+                    connection.execute(FIND_INVENTORY).fetchone()
+                    # As it is, but written: SQLite skips an UPDATE that changes nothing.
+                    connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
+                self.file.flush(reader)
+        except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
+            raise Unavailable(str(error)) from error
+        self.file.checkpoint()
+
+    def create(self) -> None:
+        """Make tables and first stock, if they aren't there; safe from many processes at once."""
+        with self.faults:
+            setup.require_usable(self.file.path)
+            with closing(self.file.connect()) as connection:
+                is_ours = setup.has_our_tables(connection)
+                timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
+                mode = _retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
+                if mode.fetchone() != ("wal",):
+                    raise OSError("this file system can't hold a WAL database")
+                if not is_ours:
+                    self._create_tables(timeout_s)
+                if connection.execute(FIND_STOCK).fetchone() is None:
+                    raise OSError("the inventory table is empty")
+
+    def _create_tables(self, timeout_s: float) -> None:
+        with self._transaction(timeout_s) as connection:
+            if not setup.has_our_tables(connection):  # else another process was first
+                setup.create_tables(connection, self.item_name, self.initial_stock)
+
+    def close(self) -> None:
+        """Close this process's standing connections."""
+        self.file.close()
+
+    def __str__(self) -> str:
+        return f"SQLite {sqlite3.sqlite_version}, {self.file.path}"
 
 
 def _look_up(
@@ -249,9 +169,9 @@ def _sell(
 def _retry_while_locked(
     connection: sqlite3.Connection, lock_timeout_s: float, *statements: str
 ) -> sqlite3.Cursor:
-    """Execute statements, the last of which takes a lock; again while another has it, or raise Busy.
+    """Execute statements, the last of which takes a lock; again while it is held, or raise Busy.
 
-    The sleeps are random and short: no waiter has an advantage, and the lock is never free for long.
+    The sleeps are random and short, so no waiter has an advantage and the lock isn't free for long.
     """
     started = time.monotonic()
     sleep_max_s = RETRY_SLEEP_MIN_S
@@ -268,7 +188,7 @@ def _retry_while_locked(
         waited_s = time.monotonic() - started
         if waited_s >= lock_timeout_s:
             raise Busy(waited_s)
-        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))
+        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))  # noqa: S311
         sleep_max_s = min(sleep_max_s * 1.5, RETRY_SLEEP_MAX_S)
 
 
@@ -276,7 +196,103 @@ def _commit(connection: sqlite3.Connection) -> None:
     try:
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        # A page couldn't be handed to the kernel (no room, a limit): without it there is no transaction.
+        # The kernel took no page (no room, a limit): without it there is no transaction.
         if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
             raise
         raise OutcomeUnknown(f"COMMIT failed: {error}") from error
+
+
+FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
+FIND_STOCK_AND_KEY = """
+    SELECT stock, purchase_id, remaining_stock, customer_id
+    FROM inventory LEFT JOIN purchases ON idempotency_key = ? WHERE inventory.item_id = 1"""
+TAKE_UNIT = """
+    UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"""
+RECORD_PURCHASE = """
+    INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock)
+    VALUES (1, ?, ?, ?)"""
+FIND_INVENTORY = """
+    SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
+        (SELECT remaining_stock FROM purchases ORDER BY purchase_id DESC LIMIT 1), initial_stock),
+        last_updated FROM inventory"""
+COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
+SET_STOCK = "UPDATE inventory SET stock = ?, initial_stock = ?, last_updated = CURRENT_TIMESTAMP"
+
+
+class Purchase(NamedTuple):
+    purchase_id: int
+    remaining_stock: int
+    replayed: bool
+
+
+class Inventory(NamedTuple):
+    item_id: int
+    item_name: str
+    current_stock: int
+    initial_stock: int
+    total_purchases: int  # as the last purchase tells it, so it costs the same at any number
+    last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
+
+
+class Audit(NamedTuple):
+    initial_stock: int
+    current_stock: int
+    purchase_records: int  # counted row by row
+
+    @property
+    def consistent(self) -> bool:
+        return self.current_stock + self.purchase_records == self.initial_stock
+
+
+class StoreErrors:
+    """The one place that gives the errors of SQLite and of the disk their meaning for a sale.
+
+    A refused constraint is a bug in this program, and goes up as it is. This is a class, as a
+    generator costs a refusal 1 µs more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, FlushError):
+            raise OutcomeUnknown(str(error)) from error
+        if isinstance(error, sqlite3.IntegrityError):
+            return
+        if isinstance(error, sqlite3.DatabaseError | OSError):
+            raise Unavailable(f"{self.path}: {error}") from error
+
+
+class StoreError(Exception):
+    """The store refused. `message` is for the buyer, the exception's text for the log."""
+
+    message = ""
+
+
+class SoldOut(StoreError):
+    message = "SOLD OUT - No more inventory available"
+
+
+class Busy(StoreError):
+    message = "Server busy - please retry"
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(f"no write lock after {waited_s:.3f} s")
+        self.waited_s = waited_s
+
+
+class KeyReused(StoreError):
+    message = "This Idempotency-Key belongs to another customer's purchase - send a new key"
+
+
+class Unavailable(StoreError):
+    message = "Purchases are not possible at the moment, nothing was sold - please retry later"
+
+
+class OutcomeUnknown(StoreError):
+    message = (
+        "The purchase may or may not have been stored - repeat it with the same Idempotency-Key"
+    )

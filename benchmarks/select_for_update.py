@@ -22,13 +22,13 @@ RECORD_PURCHASE = """
     RETURNING purchase_id"""
 
 app = Flask(__name__)
-connections = Connections(os.environ["DATABASE_URL"], LOCK_TIMEOUT_S)
+connections = Connections(os.environ["DATABASE_URL"], LOCK_TIMEOUT_S, 4, LOCK_TIMEOUT_S)
 
 
 @app.post("/buy_ticket")
 def buy_ticket() -> ResponseReturnValue:
     customer_id = (request.get_json(silent=True) or {}).get("customer_id", "guest")
-    with connections.until(time.monotonic() + LOCK_TIMEOUT_S) as connection:
+    with connections.until(time.monotonic() + LOCK_TIMEOUT_S, 4, LOCK_TIMEOUT_S) as connection:
         try:
             stock, purchase_id = sell(connection, customer_id)
             connection.execute("COMMIT")

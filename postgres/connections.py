@@ -17,6 +17,7 @@ from psycopg.pq.abc import PGresult
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 import db
+from serving.config import ConfigError
 
 # Not left to the server's configuration. The sale counts on READ COMMITTED; a plan that was made while
 # the tables were empty is kept for the whole sale, so it must not be one that is good for empty tables.
@@ -62,20 +63,22 @@ logging.getLogger("psycopg.pool").setLevel(logging.WARNING)  # at INFO it tells 
 class Connections:
     """The connections of each process that uses this object; none crosses a fork.
 
-    `lock_timeout_s` bounds every wait for a lock. DB_POOL_SIZE connections at most, DB_POOL_TIMEOUT
-    seconds to get one. Raises ValueError for a URL or a number that makes no sense.
+    `lock_timeout_s` bounds every wait for a lock, `pool_timeout_s` that for one of `pool_size`
+    connections. Raises ConfigError for a URL that makes no sense.
     """
 
-    def __init__(self, url: str, lock_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, lock_timeout_s: float, pool_size: int, pool_timeout_s: float
+    ) -> None:
         self.lock_timeout_s = lock_timeout_s
-        self.pool_size = int(_number("DB_POOL_SIZE", int, POOL_SIZE, 1, 100))
-        self.pool_timeout_s = _number("DB_POOL_TIMEOUT", float, lock_timeout_s, 0, 3600)
+        self.pool_size = pool_size
+        self.pool_timeout_s = pool_timeout_s
         self._pools: dict[int, ConnectionPool[Connection]] = {}
         try:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.ProgrammingError:  # its message may show the password
-            raise ValueError(
-                "must be postgresql://user:password@host/database, %-encoded"
+            raise ConfigError(
+                "DATABASE_URL has to be postgresql://user:password@host/database, %-encoded"
             ) from None
         self._conninfo = conninfo.make_conninfo("", **{**CONNECTION, **given})
 
@@ -242,19 +245,3 @@ def _value(result: PGresult, column: int) -> int | str | None:
     if value is None:
         return None
     return int(value) if result.ftype(column) in INTEGER_TYPES else value.decode()
-
-
-def _number(
-    name: str, kind: type[int] | type[float], default: float, lowest: float, highest: float
-) -> float:
-    """A number from the environment; raises ValueError in words that go after "DATABASE_URL"."""
-    text = os.environ.get(name) or default
-    try:
-        value = kind(text)
-    except ValueError:
-        value = -1
-    if not lowest <= value <= highest:
-        raise ValueError(
-            f"needs {name} to be {kind.__name__} from {lowest} to {highest}, not {text!r}"
-        )
-    return value

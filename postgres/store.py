@@ -76,11 +76,19 @@ class PostgresStore:
         "PostgreSQL, one statement and one row lock per purchase: UPDATE ... WHERE stock > 0"
     )
 
-    def __init__(self, url: str, item_name: str, initial_stock: int, lock_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        item_name: str,
+        initial_stock: int,
+        lock_timeout_s: float,
+        pool_size: int = 4,
+        pool_timeout_s: float = 5.0,
+    ) -> None:
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
-        self._connections = Connections(url, lock_timeout_s)
+        self._connections = Connections(url, lock_timeout_s, pool_size, pool_timeout_s)
         self._first_statement = (
             SELL  # a guess what is cheaper; what is true the database says each time
         )

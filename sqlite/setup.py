@@ -1,4 +1,4 @@
-"""What an SQLite file has to be before anything is sold from it. Raises OSError, with what to change."""
+"""What an SQLite file has to be before anything is sold from it. OSError says what to change."""
 
 import os
 import sqlite3
@@ -17,8 +17,29 @@ def require_usable(path: Path) -> None:
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     for place in (path, path.parent):
-        if not os.access(place, os.W_OK):
-            raise OSError(f"{place} is read-only")
+        if not may_write(place):
+            raise OSError(why_not(place))
+
+
+def may_write(place: Path) -> bool:
+    """With the rights that count when a file is opened, where the platform can tell."""
+    return os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def why_not(place: Path) -> str:
+    if os.name == "posix" and place.stat().st_uid != os.geteuid():
+        owner, user = name_of(place.stat().st_uid), name_of(os.geteuid())
+        return f"{place} belongs to {owner}, this process is {user}, who may not write there"
+    return f"{place} is read-only"
+
+
+def name_of(user: int) -> str:
+    import pwd  # POSIX only
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:  # as in a container
+        return f"user {user}"
 
 
 def has_our_tables(connection: sqlite3.Connection) -> bool:

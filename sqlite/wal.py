@@ -1,17 +1,18 @@
-"""An SQLite file in WAL mode: its connections, and what puts commits on disk. Knows nothing of sales.
+"""An SQLite file in WAL mode: its connections, and what puts commits on disk. It knows no sale.
 
-A COMMIT here does not flush (synchronous = NORMAL). `flush` does, after the write lock is free, so the
-flushes of several workers overlap. NOTES, "Durable before the 200", says why that is sound. Where the
-platform has no fdatasync, COMMIT flushes under the lock (synchronous = FULL) and `flush` does nothing.
+A COMMIT here does not flush (synchronous = NORMAL). `flush` does, after the write lock is free, so
+the flushes of several workers overlap. NOTES, "Durable before the 200", says why that is sound.
+Where the platform has no fdatasync, COMMIT flushes under the lock and `flush` does nothing.
 """
+
+from __future__ import annotations
 
 import logging
 import os
 import sqlite3
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
@@ -30,20 +31,30 @@ class FlushError(Exception):
 class WalReader:
     """A standing connection: read-only, opened after the fork, each read on it finished at once.
 
-    While one is open SQLite keeps the WAL; the last close deletes it, and the next sale pays for a new
-    one. The WAL's descriptor is opened before any COMMIT that is flushed through it: Linux reports a
-    failed write only to descriptors that were open then.
+    While one is open SQLite keeps the WAL; the last close deletes it, and the next sale pays for a
+    new one. The WAL's descriptor is opened before any COMMIT that is flushed through it: Linux
+    reports a failed write only to descriptors that were open then.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, idle: deque[WalReader]) -> None:
         self.path = path
         self.connection = connection
+        self.idle = idle
         self.file_id = file_id(path)
         self.next_check = time.monotonic() + REPLACED_CHECK_S
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens the WAL
         self.wal_path = f"{path}-wal"
         self.wal = os.open(self.wal_path, os.O_RDONLY)
         self.wal_id = file_id(self.wal_path)
+
+    def __enter__(self) -> WalReader:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, sqlite3.Error | OSError):
+            self.close()  # it may be what is broken: the next call opens another
+        else:
+            self.idle.append(self)
 
     def is_current(self) -> bool:
         """False if the database file was replaced; looked at once in REPLACED_CHECK_S."""
@@ -86,19 +97,17 @@ class WalDatabase:
             connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
-    @contextmanager
-    def reader(self) -> Iterator[WalReader]:
+    def reader(self) -> WalReader:
         """This process's standing connection, or one more while another thread uses it."""
-        reader = self._take_reader()
-        try:
-            yield reader
-        except (sqlite3.Error, OSError):
-            reader.close()  # it may be what is broken: the next call opens another
-            raise
-        except BaseException:
-            self._idle[os.getpid()].append(reader)
-            raise
-        self._idle[os.getpid()].append(reader)
+        idle = self._idle[os.getpid()]  # a fork must not share them
+        while True:
+            try:
+                reader = idle.pop()  # atomic, so there is no lock between threads
+            except IndexError:
+                return self._open_reader(idle)
+            if reader.is_current():
+                return reader
+            reader.close()
 
     def flush(self, reader: WalReader) -> None:
         """Put every COMMIT so far on disk. Raises FlushError."""
@@ -107,7 +116,7 @@ class WalDatabase:
         try:
             os.fdatasync(reader.wal)
         except OSError as error:
-            # Linux now marks the lost pages clean. Acknowledge nothing until a checkpoint rewrote them.
+            # Linux marks the lost pages clean: acknowledge nothing until they are written anew.
             self._wal_is_whole = self.checkpoint()
             raise FlushError(f"{reader.wal_path}: flush failed: {error}") from error
         if not self._wal_is_whole:
@@ -116,10 +125,11 @@ class WalDatabase:
                 raise FlushError(f"{reader.wal_path}: an earlier flush failed")
 
     def checkpoint(self) -> bool:
-        """Copy the WAL into the database file, so that it starts over; whether all of it was copied.
+        """Copy the WAL into the database file, so that it starts over; whether all was copied.
 
-        RESTART holds the write lock. A checkpoint beside a commit can corrupt the database in SQLite
-        before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"), hence wal_autocheckpoint=0 and this.
+        RESTART holds the write lock. A checkpoint beside a commit can corrupt the database in
+        SQLite before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"): hence
+        wal_autocheckpoint=0, and this.
         """
         try:
             with closing(self.connect(patience_s=CHECKPOINT_PATIENCE_S)) as connection:
@@ -137,21 +147,10 @@ class WalDatabase:
         for reader in self._idle.pop(os.getpid(), ()):
             reader.close()
 
-    def _take_reader(self) -> WalReader:
-        idle = self._idle[os.getpid()]  # a fork must not share them
-        while True:
-            try:
-                reader = idle.pop()  # atomic, so no lock between threads
-            except IndexError:
-                return self._open_reader()
-            if reader.is_current():
-                return reader
-            reader.close()
-
-    def _open_reader(self) -> WalReader:
+    def _open_reader(self, idle: deque[WalReader]) -> WalReader:
         connection = self.connect("ro")
         try:
-            return WalReader(self.path, connection)
+            return WalReader(self.path, connection, idle)
         except BaseException:
             connection.close()
             raise

@@ -1,4 +1,4 @@
-"""Fixtures: a database of its own for each test, the stores that have to keep the contract, a test client."""
+"""Each test gets its own database, the stores that keep the contract, and a test client."""
 
 import os
 import shutil
@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-
-import db
 
 # Importing app makes the module's own app: give it a database that is not the developer's.
 _import_folder = tempfile.mkdtemp()
@@ -76,13 +74,19 @@ def client(make_app: Callable[..., Flask]) -> FlaskClient:
 
 @pytest.fixture
 def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
-    """What is stored: the stock, and each purchase's (customer_id, idempotency_key, remaining_stock)."""
+    """Read what is stored: the stock, and the purchases.
+
+    A purchase is (customer_id, idempotency_key, remaining_stock).
+    """
 
     def read() -> tuple[int, list[tuple[Any, ...]]]:
         connection = sqlite3.connect(database)
         try:
             stock = connection.execute("SELECT stock FROM inventory").fetchone()[0]
-            query = "SELECT customer_id, idempotency_key, remaining_stock FROM purchases ORDER BY purchase_id"
+            query = (
+                "SELECT customer_id, idempotency_key, remaining_stock"
+                " FROM purchases ORDER BY purchase_id"
+            )
             return stock, connection.execute(query).fetchall()
         finally:
             connection.close()

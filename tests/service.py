@@ -1,4 +1,4 @@
-"""The real service as a process of its own, and crowds of buyers that come at once over real sockets."""
+"""The real service is a process of its own; crowds of buyers come at once over real sockets."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import requests
+
+from serving.config import CHOICES, NUMBERS, TEXTS
 
 PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
@@ -45,7 +47,10 @@ def need(condition: object, reason: str) -> None:
 
 def patched(statements: str) -> tuple[str, ...]:
     """The command that starts gunicorn after `statements` have changed the program."""
-    run = "import sys; from gunicorn.app.wsgiapp import run; sys.argv = ['gunicorn', 'app:app']; run()"
+    run = (
+        "import sys; from gunicorn.app.wsgiapp import run;"
+        " sys.argv = ['gunicorn', 'app:app']; run()"
+    )
     return (sys.executable, "-c", f"{statements}\n{run}")
 
 
@@ -70,26 +75,17 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without the service's own variables, then `variables`."""
-    own = (
-        "DATABASE_URL",
-        "ITEM_NAME",
-        "INITIAL_STOCK",
-        "LOCK_TIMEOUT",
-        "ALLOW_RESET",
-        "HOST",
-        "PORT",
-    )
-    kept = {
-        name: value for name, value in os.environ.items() if name not in (*own, "WEB_CONCURRENCY")
-    }
-    return kept | variables
+    own = {*TEXTS, *CHOICES, *NUMBERS, "GUNICORN_CMD_ARGS"}
+    return {name: value for name, value in os.environ.items() if name not in own} | variables
 
 
-def run_to_end(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def run_to_end(
+    command: Sequence[str], cwd: str | Path = PROJECT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A command that is expected to end by itself, in the project's folder."""
     return subprocess.run(
         command,
-        cwd=PROJECT,
+        cwd=cwd,
         env=environment(**variables),
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What a request may be: everything else gets a 4xx that says what to send, and nothing is stored."""
+"""Every bad request gets a 4xx that says what to send, and nothing is stored."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Crowds against real gunicorn workers: every unit is sold once, whatever is held or killed meanwhile."""
+"""Crowds meet real gunicorn workers: each unit is sold once, whatever is held or killed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""GET /docs in a real browser: "Try it out" buys a ticket, and no other host is asked for anything."""
+"""GET /docs in a real browser sells a ticket by "Try it out", and asks no other host."""
 
 import json
 import os

@@ -1,7 +1,8 @@
 """200 means on disk: the order of system calls, flushes that fail, and a power cut at every answer.
 
-kill -9 can't show that, as the kernel still writes what a killed process has handed to it. So strace
-records what the real service asks of the kernel, and the disk is rebuilt from what was flushed by then.
+kill -9 can't show that, as the kernel still writes what a killed process has handed to it. So
+strace records what the real service asks of the kernel, and the disk is rebuilt from what was
+flushed by then.
 """
 
 import os
@@ -89,7 +90,10 @@ def traced(folder: Path, *command: str, stock: int, workers: int) -> Iterator[tu
 
 
 def calls(trace: Path) -> Iterator[Call]:
-    """Begins and ends of all calls in the order in which strace, who stops the caller at both, saw them."""
+    """Yield the begin and end of each call, in the order in which strace saw them.
+
+    strace stops the caller at both.
+    """
     begun: dict[str, str] = {}
     with trace.open() as lines:
         for line in lines:
@@ -129,7 +133,10 @@ def steps(trace: Path) -> Iterator[str]:
 
 
 def steps_by_answer(trace: Path) -> list[list[str]]:
-    """The steps up to each answer; what is repeated at once (a write for each page) is told once."""
+    """Return the steps up to each answer; a step that is repeated at once is told once.
+
+    A write for each page is such a step.
+    """
     answers: list[list[str]] = [[]]
     for step in steps(trace):
         if step not in answers[-1][-1:]:
@@ -176,7 +183,7 @@ class File:
             _apply(self.flushed, *change)
 
     def after_power_cut(self, luck: random.Random) -> bytes:
-        """The flushed content, and of the rest whatever the disk happened to have written already."""
+        """Return the flushed content, and of the rest what the disk happened to have written."""
         content = bytearray(self.flushed)
         for change in self.changes:
             if luck.random() < 0.5:
@@ -193,7 +200,7 @@ def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
 
 
 class Disk:
-    """The database and its WAL, rebuilt from a trace: their content and their names in the folder."""
+    """The database and its WAL are rebuilt from a trace: their content and their names."""
 
     def __init__(self, database: Path) -> None:
         self.folder = str(database.parent)
@@ -250,7 +257,8 @@ def sell_under_trace(folder: Path, change: str, sales: int = 150) -> Path:
     """Three workers sell concurrently, with a checkpoint every 20 sales."""
     # strace slows everything down: a checkpoint gets the time it needs to happen.
     command = patched(
-        f"import db; db.CHECKPOINT_EVERY = 20; import sqlite.wal; sqlite.wal.CHECKPOINT_PATIENCE_S = 10\n{change}"
+        "import db; db.CHECKPOINT_EVERY = 20;"
+        f" import sqlite.wal; sqlite.wal.CHECKPOINT_PATIENCE_S = 10\n{change}"
     )
     with traced(folder, *command, stock=sales, workers=3) as (service, trace):
         requests_ = [purchase_request("alice", f"key-{number}") for number in range(sales)]
@@ -387,7 +395,7 @@ def test_a_commit_that_cannot_be_written_sells_nothing(one_worker: Service, tmp_
 def test_a_sale_whose_flush_would_miss_a_replaced_database_is_refused(
     open_store: OpenStore, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "REPLACED_CHECK_S", 3600)
+    monkeypatch.setattr("sqlite.wal.REPLACED_CHECK_S", 3600)
     store = open_store(stock=5)
     store.buy("alice")
     for suffix in ("", "-wal", "-shm"):
@@ -404,7 +412,10 @@ def test_a_sale_whose_flush_would_miss_a_replaced_database_is_refused(
 
 
 def test_checkpoints_keep_the_wal_small_and_hold_nobody_up(tmp_path: Path) -> None:
-    """Every 20 sales instead of 500, so 64 MB become 2.56. Two of three rounds may be disturbed by others."""
+    """A checkpoint comes every 20 sales instead of 500, so 64 MB become 2.56.
+
+    Two of three rounds may be disturbed by others.
+    """
     command = patched("import db; db.CHECKPOINT_EVERY = 20")
     wal, slowest, sizes = tmp_path / "inventory.db-wal", [], []
     with Service(tmp_path, *command, INITIAL_STOCK="3000") as service:

@@ -1,4 +1,4 @@
-"""Whatever comes, in whatever order: the service does as a model of ten lines, or refuses in JSON."""
+"""Whatever comes, in any order, the service does as a model of ten lines or refuses in JSON."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ class Sale(RuleBasedStateMachine):
             "INITIAL_STOCK": stock,
             "ALLOW_RESET": 1,
         }
-        self.app = create_app(self.config)
+        self.app = create_app(**self.config)
         self.client = self.app.test_client()
         self.model, self.last_id = Model(stock), 0
 
@@ -147,7 +147,7 @@ class Sale(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.app.extensions["store"].close()
-        self.app = create_app(self.config)
+        self.app = create_app(**self.config)
         self.client = self.app.test_client()
 
     @invariant()
@@ -251,7 +251,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def assert_raw_is_sold_or_refused(service: Service, raw: bytes) -> int:
-    """Sold and stored, once; or a 4xx in JSON, or hung up on, and nothing has changed. The status, or 0."""
+    """It is sold and stored once; or it gets a 4xx in JSON, or no answer, and nothing has changed.
+
+    Returns the status, or 0 without an answer.
+    """
     before = service.get("/audit")["purchase_records"]
     received = exchange(service.port, raw, half_close=True).removeprefix(
         b"HTTP/1.1 100 Continue\r\n\r\n"

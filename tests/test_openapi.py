@@ -1,4 +1,4 @@
-"""serving/openapi.json against the service: the same routes, the same statuses, the same answers."""
+"""serving/openapi.json tells the same routes, statuses and answers as the service itself."""
 
 import json
 import os
@@ -18,6 +18,9 @@ from test_raw_sockets import exchange
 
 import app as service_app
 import db
+from serving.config import MAX_STOCK
+from serving.json_bodies import MAX_BODY_BYTES
+from sqlite.wal import WalDatabase
 
 SCHEMATHESIS_EXAMPLES = 200
 SCHEMATHESIS_LIMIT_S = 240
@@ -123,9 +126,9 @@ def without_store(operation: str) -> Callable[[FlaskClient], Any]:
     method, path = operation.split()
 
     def attempt(client: FlaskClient) -> Any:
-        client.application.extensions["store"] = db.open_store(
-            "sqlite:////nowhere/x.db", "Concert", 5, 0.1
-        )
+        store = client.application.extensions["store"]
+        store.file.close()
+        store.file = WalDatabase(Path("/nowhere/x.db"))
         return client.open(path, method=method)
 
     return attempt
@@ -141,7 +144,7 @@ def with_failing_disk(path: str) -> Callable[[FlaskClient], Any]:
 
 
 LARGE: dict[str, Any] = {
-    "data": b"{}".ljust(service_app.MAX_BODY_BYTES + 1),
+    "data": b"{}".ljust(MAX_BODY_BYTES + 1),
     "content_type": "application/json",
 }
 CHUNKED: dict[str, Any] = {"headers": {"Transfer-Encoding": "chunked"}}
@@ -304,7 +307,7 @@ def test_the_description_names_the_same_limits_and_version() -> None:
     key = COMPONENTS["parameters"]["IdempotencyKey"]["schema"]
     customer_id = COMPONENTS["schemas"]["PurchaseRequest"]["properties"]["customer_id"]
     assert DOCUMENT["info"]["version"] == service_app.VERSION
-    assert COMPONENTS["schemas"]["Stock"]["maximum"] == service_app.MAX_STOCK
+    assert COMPONENTS["schemas"]["Stock"]["maximum"] == MAX_STOCK
     assert service_app.IDEMPOTENCY_KEY.pattern.endswith(
         f"{{{key['minLength']},{key['maxLength']}}}"
     )

@@ -1,6 +1,6 @@
 """Bytes that no HTTP library sends: refused in JSON or hung up on, and never a sale too many.
 
-One worker, so connections are served one after another: what is asked next sees what the last one did.
+One worker serves one connection after another: each request sees what the last one did.
 """
 
 import json
@@ -36,7 +36,10 @@ def message(line: bytes, *headers: bytes, body: bytes = BODY, length: bytes | No
 
 
 def exchange(port: int, raw: bytes, half_close: bool = False) -> bytes:
-    """Send all of it, then read until the service hangs up; half-closed, it sees that nothing more comes."""
+    """Send all of it, then read until the service hangs up.
+
+    When half-closed, the service sees that nothing more comes.
+    """
     received = bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_LIMIT_S) as client:
         client.sendall(raw)

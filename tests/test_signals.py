@@ -53,7 +53,7 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(tmp_path: Path, numbe
 
 
 class Rush:
-    """Buyers who come one after another, each with a new connection, until nobody listens any more."""
+    """Buyers come one after another, each on a new connection, until nobody listens any more."""
 
     def __init__(self, port: int, number: int = 12) -> None:
         self.port = port

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import app as service_app
 import db
 
 OpenStore = Callable[..., Any]
@@ -58,7 +59,8 @@ def test_the_database_belongs_to_its_owner_alone(open_store: OpenStore, database
             "CHECK constraint failed: stock <= initial_stock",
         ),
         (
-            "INSERT INTO inventory (item_id, item_name, stock, initial_stock) VALUES (2, 'x', 1, 1)",
+            "INSERT INTO inventory (item_id, item_name, stock, initial_stock)"
+            " VALUES (2, 'x', 1, 1)",
             "CHECK constraint failed: item_id = 1",
         ),
         (
@@ -325,9 +327,7 @@ def test_another_version_of_the_schema_is_refused(open_store: OpenStore, databas
 
 
 def test_a_missing_folder_is_named(open_store: OpenStore, tmp_path: Path) -> None:
-    store = __import__("app").open_store(
-        f"sqlite:///{tmp_path}/missing/inventory.db", "Concert", 5, 5.0
-    )
+    store = service_app.open_store(f"sqlite:///{tmp_path}/missing/inventory.db", "Concert", 5, 5.0)
     with pytest.raises(db.Unavailable, match=r"missing/inventory\.db"):
         store.create()
 
@@ -346,7 +346,7 @@ def test_a_link_leads_to_the_database_and_its_wal(
         open_store(stock=5)
     link.parent.mkdir()
     link.symlink_to(database)
-    store = __import__("app").open_store(f"sqlite:///{link}", "Concert", 5, 5.0)
+    store = service_app.open_store(f"sqlite:///{link}", "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     assert execute(database, "SELECT stock FROM inventory") == [(4,)]
@@ -354,7 +354,10 @@ def test_a_link_leads_to_the_database_and_its_wal(
 
 
 def test_what_is_looked_up_together_is_read_in_one_statement(open_store: OpenStore) -> None:
-    """Between two a reset may turn "stock 0, key known" into "stock 1, key unknown": no 410 either way."""
+    """Between two a reset may turn "stock 0, key known" into "stock 1, key unknown".
+
+    There is no 410 either way.
+    """
     store = open_store(stock=1)
     store.buy("alice", "key-1")
     told: list[str] = []
@@ -382,7 +385,7 @@ def test_a_copy_that_lost_its_wal_mode_gets_it_again(
 ) -> None:
     open_store(stock=5).buy("alice")
     execute(database, f"VACUUM INTO '{tmp_path}/copy.db'")
-    store = __import__("app").open_store(f"sqlite:///{tmp_path}/copy.db", "Concert", 5, 5.0)
+    store = service_app.open_store(f"sqlite:///{tmp_path}/copy.db", "Concert", 5, 5.0)
     store.create()
     assert store.buy("bob").remaining_stock == 3
     store.close()
@@ -410,7 +413,7 @@ def test_a_reading_waits_a_little_for_a_lock_whatever_the_lock_timeout(
 
 def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
     path = tmp_path / "50% off?#1 &mode=memory.db"
-    store = __import__("app").open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
+    store = service_app.open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     store.close()
@@ -431,7 +434,7 @@ def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
 )
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="sqlite:///"):
-        __import__("app").open_store(url, "Concert", 5, 5.0)
+        service_app.open_store(url, "Concert", 5, 5.0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -463,7 +466,7 @@ def test_a_restored_database_is_noticed(
     store.buy("alice")
     for suffix in ("", "-wal", "-shm"):
         os.rename(f"{database}{suffix}", tmp_path / f"old{suffix}")
-    other = __import__("app").open_store(f"sqlite:///{database}", "Concert", 3, 5.0)
+    other = service_app.open_store(f"sqlite:///{database}", "Concert", 3, 5.0)
     other.create()
     deadline = time.monotonic() + __import__("sqlite.wal").wal.REPLACED_CHECK_S + 1
     while store.inventory().initial_stock != 3 and time.monotonic() < deadline:
@@ -493,7 +496,7 @@ def test_a_database_that_comes_back_is_used_again(open_store: OpenStore, databas
 
 
 def hammer(url: str, threads: int, seconds: float, counts: Any) -> None:
-    store = __import__("app").open_store(url, "Concert", 0, 5.0)
+    store = service_app.open_store(url, "Concert", 0, 5.0)
     deadline = time.monotonic() + seconds
     sold, failed = [0] * threads, []
 

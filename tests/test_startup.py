@@ -97,7 +97,7 @@ def test_a_stop_answers_the_request_in_flight_and_exits_0(
 
 
 def wait_until_it_is_read(port: int) -> None:
-    """Until no established connection to the port has bytes waiting to be received by the server."""
+    """Wait until the server has received all bytes of every established connection to the port."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         waiting = 0
@@ -142,7 +142,10 @@ def test_a_database_that_is_not_ours_is_told_in_one_line(
 
 
 def in_a_read_only_folder(folder: Path) -> tuple[str, ...]:
-    """The demo's command where it can't write to the folder: a mode keeps everybody out but root."""
+    """Return the demo's command, and take from it the right to write to the folder.
+
+    A mode keeps everybody out but root; root gets a read-only mount.
+    """
     if os.geteuid() != 0:
         folder.chmod(0o500)
         return LOCAL_DEMO
