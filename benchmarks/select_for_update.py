@@ -1,32 +1,25 @@
-"""The usual way to sell on PostgreSQL, for comparison: SELECT ... FOR UPDATE, UPDATE, INSERT, COMMIT.
+"""The usual sale on PostgreSQL, to compare: SELECT ... FOR UPDATE, UPDATE, INSERT, COMMIT.
 
-Four round trips with psycopg's own cursors, three of them while holding the row lock. Same tables, pool and
-server settings as the service, prepared statements, BEGIN sent together with SELECT, same HTTP answers;
-`gunicorn --chdir benchmarks select_for_update:app` with DATABASE_URL, on a database that the service has
-created. Nothing that serves uses it.
+It takes four round trips, three of them while it holds the row lock. Tables, pool, server settings,
+prepared statements and answers are the service's; BEGIN is sent together with SELECT. Start it as
+`gunicorn --pythonpath benchmarks select_for_update:app` on a database that the service has created.
 """
 
 import os
-import sys
 import time
-from pathlib import Path
 
 from flask import Flask, request
 from flask.typing import ResponseReturnValue
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from backends.postgres_connections import Connection, Connections
+from postgres.connections import Connection, Connections
 
 LOCK_TIMEOUT_S = 5.0
-LOCK_ROW = (
-    "BEGIN; SELECT stock FROM inventory WHERE item_id = 1 FOR UPDATE"  # together: one round trip
-)
-TAKE_UNIT = (
-    "UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp() WHERE item_id = 1"
-)
+LOCK_ROW = "BEGIN; SELECT stock FROM inventory WHERE item_id = 1 FOR UPDATE"  # one round trip
+TAKE_UNIT = """
+    UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp() WHERE item_id = 1"""
 RECORD_PURCHASE = """
-    INSERT INTO purchases (item_id, customer_id, remaining_stock) VALUES (1, %s, %s) RETURNING purchase_id"""
+    INSERT INTO purchases (item_id, customer_id, remaining_stock) VALUES (1, %s, %s)
+    RETURNING purchase_id"""
 
 app = Flask(__name__)
 connections = Connections(os.environ["DATABASE_URL"], LOCK_TIMEOUT_S, 4, LOCK_TIMEOUT_S)
