@@ -60,8 +60,10 @@ def test_sellers_on_postgresql_share_a_database_and_its_audit(tmp_path: Path) ->
 def test_a_burst_sells_the_stock_and_refuses_everybody_else(tmp_path: Path) -> None:
     status, figures = measure(tmp_path, "--groups", "burst", "--bursts", "150")
     assert status == 0
-    assert figures["burst of 150, selling"]["errors"] == 0
-    assert figures["burst of 150, bare Flask route"]["errors"] == 0
+    for name in ("selling", "bare Flask route"):
+        figure = figures[f"burst of 150, {name}"]
+        assert figure["errors"] == 0
+        assert 0 < figure["p50_ms"] < figure["worst_ms"]  # each buyer has a time of its own
 
 
 def test_a_start_and_a_long_sale_are_measured(
