@@ -116,7 +116,7 @@ def measure_against(report: Report, options: argparse.Namespace) -> None:
     for pair in pairs:
         report.add({one.name: runs[one.name] for one in pair})
         ratios = sorted(report.results[-1].ratios())
-        report.facts[f"{pair[1].name}, each round"] = ", ".join(f"{one:.3f}" for one in ratios)
+        report.facts[f"{pair[1].name}, ratios of the rounds"] = ", ".join(f"{one:.3f}" for one in ratios)
 
 
 GROUPS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
