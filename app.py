@@ -4,6 +4,7 @@ This file is HTTP only: the routes, what a request may be, which status an outco
 database decides each sale, in db.py. `python app.py` serves a demo, `gunicorn app:app` a real sale.
 """
 
+import functools
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-unty
 from werkzeug.exceptions import HTTPException
 
 import db
-from serving import json_bodies
+from serving import buyers, json_bodies
 from serving.config import MAX_STOCK, ConfigError, read_config
 from serving.headers import may_reset, with_security_headers
 from serving.json_bodies import json_object_of
@@ -43,7 +44,8 @@ Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same seven ve
 
 
 def buy_ticket(store: Store, request: Request) -> ResponseReturnValue:
-    purchase = store.buy(customer_id_of(request), idempotency_key_of(request))
+    buyer_is_there = functools.partial(buyers.is_there, request.environ)
+    purchase = store.buy(customer_id_of(request), idempotency_key_of(request), buyer_is_there)
     body = {
         "success": True,
         "message": "Purchase successful",
@@ -104,7 +106,7 @@ def describe(store: Store, request: Request) -> ResponseReturnValue:
         "guarantees": [
             "each unit is sold exactly once: no overselling, no underselling",
             "200 means sold and on disk",
-            "410 and 503 mean not sold, and leave nothing behind",
+            "410 and 503 mean that this attempt sold nothing, and leave nothing behind",
             "the same Idempotency-Key never buys twice",
         ],
     }
@@ -147,7 +149,7 @@ def idempotency_key_of(request: Request) -> str | None:
 HINTS = {
     404: "There is nothing at this path - GET / lists the endpoints.",
     405: "This path takes other methods - the header Allow lists them, GET / what they do.",
-    500: "Something failed here - if it was a purchase, repeat it with the same Idempotency-Key.",
+    500: f"Something failed here, a purchase may have been stored - {db.WITH_A_KEY}",
 }
 # 410 and 503: RFC 9110, 15.5.11 and 15.6.4. 422: the IETF draft on the Idempotency-Key header, 2.7.
 STATUS_BY_ERROR = {
@@ -155,6 +157,7 @@ STATUS_BY_ERROR = {
     db.KeyReused: 422,
     db.OutcomeUnknown: 500,
     db.Busy: 503,
+    db.BuyerGone: 503,
     db.Unavailable: 503,
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -38,17 +38,25 @@ class SQLiteStore:
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
 
-    def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
+    def buy(
+        self,
+        customer_id: str,
+        idempotency_key: str | None = None,
+        buyer_is_there: Callable[[], bool] | None = None,
+    ) -> Purchase:
         """Sell one unit; when this returns, the purchase is on disk.
 
-        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy
-        and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while committing).
+        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy,
+        BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
+        committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
         with self.faults, self.file.reader() as reader:
             # Without the lock first: stock rises only by reset, so a committed 0 is the truth now.
             purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
             if purchase is None:
+                _require_buyer(idempotency_key, buyer_is_there)
                 with self._transaction() as connection:
+                    _require_buyer(idempotency_key, buyer_is_there)  # the wait may have been long
                     reader.require_same_wal()
                     purchase = _sell(connection, customer_id, idempotency_key)
             self.file.flush(reader)  # a replay too: its first answer may have died before the flush
@@ -154,6 +162,11 @@ def _look_up(
     return None, stock
 
 
+def _require_buyer(idempotency_key: str | None, buyer_is_there: Callable[[], bool] | None) -> None:
+    if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
+        raise BuyerGone
+
+
 def _sell(
     connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
 ) -> Purchase:
@@ -212,9 +225,8 @@ RECORD_PURCHASE = """
     INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock)
     VALUES (1, ?, ?, ?)"""
 FIND_INVENTORY = """
-    SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
-        (SELECT remaining_stock FROM purchases ORDER BY purchase_id DESC LIMIT 1), initial_stock),
-        last_updated FROM inventory"""
+    SELECT item_id, item_name, stock, initial_stock, initial_stock - stock, last_updated
+    FROM inventory"""
 COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
 SET_STOCK = "UPDATE inventory SET stock = ?, initial_stock = ?, last_updated = CURRENT_TIMESTAMP"
 
@@ -230,7 +242,7 @@ class Inventory(NamedTuple):
     item_name: str
     current_stock: int
     initial_stock: int
-    total_purchases: int  # as the last purchase tells it, so it costs the same at any number
+    total_purchases: int  # initial - current; `Audit` counts the records
     last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
 
 
@@ -288,11 +300,19 @@ class KeyReused(StoreError):
     message = "This Idempotency-Key belongs to another customer's purchase - send a new key"
 
 
+WITH_A_KEY = "with an Idempotency-Key send the same request until 200, 410 or 422"
+
+
+class BuyerGone(StoreError):
+    message = "The connection was closed before the purchase, nothing was sold"
+
+    def __init__(self) -> None:
+        super().__init__("the buyer hung up, nothing was sold")
+
+
 class Unavailable(StoreError):
-    message = "Purchases are not possible at the moment, nothing was sold - please retry later"
+    message = f"Purchases are not possible at the moment, this attempt sold nothing - {WITH_A_KEY}"
 
 
 class OutcomeUnknown(StoreError):
-    message = (
-        "The purchase may or may not have been stored - repeat it with the same Idempotency-Key"
-    )
+    message = f"The purchase may or may not have been stored - {WITH_A_KEY}"

@@ -6,7 +6,7 @@ network. Which failures mean "certainly not sold" is decided in `_refusal`.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psycopg
@@ -93,7 +93,12 @@ class PostgresStore:
             SELL  # a guess what is cheaper; what is true the database says each time
         )
 
-    def buy(self, customer_id: str, idempotency_key: str | None = None) -> db.Purchase:
+    def buy(
+        self,
+        customer_id: str,
+        idempotency_key: str | None = None,
+        buyer_is_there: Callable[[], bool] | None = None,
+    ) -> db.Purchase:
         """Sell one unit; when this returns, the purchase is on the server's disk.
 
         The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy and

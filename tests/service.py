@@ -45,6 +45,12 @@ def need(condition: object, reason: str) -> None:
         pytest.skip(reason)
 
 
+def need_root(what: str) -> None:
+    """Skip what only root may do: the one skip that CI=true allows."""
+    if os.geteuid() != 0:
+        pytest.skip(f"{what} needs root")
+
+
 def patched(statements: str) -> tuple[str, ...]:
     """The command that starts gunicorn after `statements` have changed the program."""
     run = (
