@@ -115,8 +115,8 @@ def measure_against(report: Report, options: argparse.Namespace) -> None:
     runs = _under_load(report, options, chain.from_iterable(pairs))
     for pair in pairs:
         report.add({one.name: runs[one.name] for one in pair})
-        ratios = sorted(report.results[-1].ratios())
-        report.facts[f"{pair[1].name}, ratios of the rounds"] = ", ".join(f"{one:.3f}" for one in ratios)
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in sorted(report.results[-1].ratios()))
+        report.facts[f"{pair[1].name}, ratios of the rounds"] = ratios
 
 
 GROUPS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
