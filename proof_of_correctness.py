@@ -29,7 +29,7 @@ try:
     from proof.api import Api, CannotJudge
     from proof.buyers import Crowd, hold_sale
     from proof.checker import Violation, check
-    from proof.history import History
+    from proof.history import History, Reading
     from proof.limits import require_open_files, time_limit
     from proof.options import Options, with_options
     from proof.orders import KEYED_THREADS, keyed_orders, repeating_rows, single_orders
@@ -151,18 +151,20 @@ def crash_sales(api: Api, server: OwnServer, chance: random.Random) -> Iterator[
     landed = 0
     kills: list[float] = []
 
-    def kill_workers(over: threading.Event) -> None:
+    def kill_workers(over: threading.Event, readings: Sequence[Reading]) -> None:
         kills.clear()
         while len(kills) < KILLS_NEEDED and not over.wait(chance.uniform(*KILL_PAUSE_S)):
-            with suppress(IndexError, ProcessLookupError):  # none is busy, or it just ended
-                os.kill(chance.choice(server.busy_workers()), signal.SIGKILL)
-                kills.append(time.monotonic())
+            if readings and 0 < readings[-1].stock < CRASH_STOCK:
+                with suppress(IndexError, ProcessLookupError):  # none is busy, or it just ended
+                    os.kill(chance.choice(server.busy_workers()), signal.SIGKILL)
+                    kills.append(time.monotonic())
 
     for number in range(CRASH_SALES_MAX):
         rows = keyed_orders(f"crash-{number}", CRASH_BUYERS, KEYED_THREADS)
-        crowd = [Crowd(api.url, 0, rows)]
+        # The buyers have processes of their own, so that the one who kills isn't slowed by them.
+        crowds = [Crowd(api.url, process, rows[process::2]) for process in range(2)]
         history = hold_sale(
-            api, CRASH_STOCK, crowd, crowd, meanwhile=kill_workers, between=server.restart
+            api, CRASH_STOCK, crowds, crowds, meanwhile=kill_workers, between=server.restart
         )
         history.kills = [kill for kill in kills if history.is_selling_at(kill)]
         landed += len(history.kills)
