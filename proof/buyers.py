@@ -44,7 +44,7 @@ def hold_sale(
     api: Api,
     stock: int,
     *waves: Sequence[Crowd],
-    meanwhile: Callable[[threading.Event], None] | None = None,
+    meanwhile: Callable[[threading.Event, Sequence[Reading]], None] | None = None,
     between: Callable[[], None] | None = None,
 ) -> History:
     """Reset, let wave after wave of crowds buy, read the stock meanwhile, count when all is over.
@@ -60,7 +60,7 @@ def hold_sale(
     print(f"Launching {len(orders)} concurrent purchase attempts...", flush=True)
     over, first_over = threading.Event(), threading.Event()
     readers = [Job(read_until, over, api, history.readings) for _ in range(READERS)]
-    beside = [Job(meanwhile, first_over)] if meanwhile else []
+    beside = [Job(meanwhile, first_over, history.readings)] if meanwhile else []
     try:
         for number, crowds in enumerate(waves):
             if number and between:

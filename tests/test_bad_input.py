@@ -248,7 +248,16 @@ def test_a_chunked_body_is_answered_411(client: Client, rows: Rows) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["a", "k" * 255, "!~", "8e03978e-40d5-43e8-bc93-6894a57f9324", 'a"b', "'a'", "a\\b", "nullable"],
+    [
+        "a",
+        "k" * 255,
+        "!~",
+        "8e03978e-40d5-43e8-bc93-6894a57f9324",
+        'a"b',
+        "'a'",
+        "a\\b",
+        "nullable",
+    ],
 )
 def test_a_key_of_1_to_255_visible_characters_is_accepted(
     client: Client, rows: Rows, key: str
