@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+
+from sqlite.engine import sqlite3
 
 # Importing app makes the module's own app: give it a database that is not the developer's.
 _import_folder = tempfile.mkdtemp()

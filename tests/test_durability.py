@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import threading
 import time
@@ -24,6 +23,7 @@ from conftest import OpenStore
 from service import Service, need, patched, purchase_request, send_at_once, wait_until
 
 import db
+from sqlite.engine import sqlite3
 
 TRACED = "pwrite64,ftruncate,fdatasync,fsync,sendto,fcntl,openat,unlink"
 TRACE_LIMIT_S = 30.0

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import sqlite3
 import sys
 import threading
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 from service import Service, parse_answer, patched, purchase_request, send_at_once, wait_until
 from test_sqlite_store import write_lock
+
+from sqlite.engine import sqlite3
 
 WAITING = 400
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 
 import app as service_app
 import db
+from sqlite.engine import sqlite3
 
 OpenStore = Callable[..., Any]
 
