@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlite import setup
-from sqlite.engine import ORIGIN, sqlite3
+from sqlite.engine import ORIGIN, primary_code, sqlite3
 from sqlite.locks import LockTimeoutError, retry_while_locked
 from sqlite.wal import SET_SYNCHRONOUS, FlushError, StoppedError, WalDatabase, WalReader
 
@@ -160,6 +160,11 @@ class SQLiteStore:
             if not setup.has_our_tables(connection):  # else another process was first
                 setup.create_tables(connection, self.item_name, self.initial_stock)
 
+    @property
+    def stopped(self) -> str:
+        """Why this service sells nothing until a restart; "" while it sells."""
+        return self.file.stopped
+
     def close(self) -> None:
         """Close this process's standing connections."""
         self.file.close()
@@ -268,13 +273,15 @@ class StoreErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
         if isinstance(error, LockTimeoutError):
             raise Busy(error.waited_s) from error
         if isinstance(error, StoppedError):
             raise RestartNeeded(f"{self.path}: {error}") from error
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if isinstance(error, sqlite3.IntegrityError):
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT:
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error

@@ -3,7 +3,7 @@
 import random
 import time
 
-from sqlite.engine import sqlite3
+from sqlite.engine import primary_code, sqlite3
 
 RETRY_SLEEP_MIN_S = 0.0005
 RETRY_SLEEP_MAX_S = 0.005
@@ -32,8 +32,8 @@ def retry_while_locked(
             for statement in statements:
                 cursor = connection.execute(statement)
             return cursor
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # without SQLite's details
+        except sqlite3.DatabaseError as error:
+            if primary_code(error) != sqlite3.SQLITE_BUSY:
                 raise
         waited_s = time.monotonic() - started
         if waited_s >= lock_timeout_s:

@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from contextlib import closing
 from pathlib import Path
 
-from sqlite.engine import sqlite3
+from sqlite.engine import CONNECT_OPTIONS, sqlite3
 from sqlite.locks import LockTimeoutError, retry_while_locked
 
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
@@ -140,9 +140,13 @@ class WalDatabase:
 
     def connect(self, mode: str = "rw", patience_s: float = READ_PATIENCE_S) -> sqlite3.Connection:
         """A new connection. A statement that meets a lock waits `patience_s`."""
-        uri = f"{self.uri}?mode={mode}"
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=patience_s, isolation_level=None, check_same_thread=False
+        connection: sqlite3.Connection = sqlite3.connect(
+            f"{self.uri}?mode={mode}",
+            uri=True,
+            timeout=patience_s,
+            isolation_level=None,
+            check_same_thread=False,  # one thread at a time has it
+            **CONNECT_OPTIONS,
         )
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint()
