@@ -161,6 +161,7 @@ STATUS_BY_ERROR = {
     db.Busy: 503,
     db.BuyerGone: 503,
     db.Unavailable: 503,
+    db.RestartNeeded: 503,
 }
 
 

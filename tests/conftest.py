@@ -1,7 +1,6 @@
 """Each test gets its own database, the stores that keep the contract, and a test client."""
 
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from service import PROJECT
+
+from sqlite.engine import sqlite3
 
 OpenStore = Callable[..., Any]
 

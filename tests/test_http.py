@@ -2,7 +2,6 @@
 
 import json
 import re
-import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -12,6 +11,7 @@ from flask import Flask
 
 import db
 from app import HINTS
+from sqlite.engine import sqlite3
 
 Client = Any  # flask.testing.FlaskClient, whose answers' `json` may be None to a type checker
 Rows = Callable[[], tuple[int, list[tuple[Any, ...]]]]
