@@ -66,6 +66,15 @@ def client(make_app: Callable[..., Flask]) -> FlaskClient:
 
 
 @pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A selenium driver of headless Chromium."""
+    from browser import chromium
+
+    with chromium(tmp_path) as chrome:
+        yield chrome
+
+
+@pytest.fixture
 def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
     """Read what is stored: the stock, and the purchases.
 
