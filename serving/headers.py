@@ -8,8 +8,8 @@ from flask import abort
 # No answer may be stored (a 410 is cacheable: RFC 9110, 15.5.11) or taken for another type.
 SECURITY_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 # nginx keeps such an answer for one second and strips the header. Before nginx 1.23 it has to come
-# after Cache-Control, or nginx overlooks it.
-MAY_BE_CACHED = [*SECURITY_HEADERS, ("X-Accel-Expires", "1")]
+# ahead of Cache-Control, or nginx overlooks it.
+MAY_BE_CACHED = [("X-Accel-Expires", "1"), *SECURITY_HEADERS]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # A key as it is, or as the IETF draft has it: a string in quotes (RFC 8941, 3.3.3).
 IDEMPOTENCY_KEY = re.compile(r'[!#-~][!-~]{0,254}|"(?:[!#-\[\]-~]|\\["\\]){1,255}"')
