@@ -178,7 +178,8 @@ def when_ready(arbiter: Any) -> None:
         if child == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.pause()
-        Path(os.environ["CHILD_FILE"]).open("a").write(f"{child}\n")
+        with Path(os.environ["CHILD_FILE"]).open("a") as file:
+            file.write(f"{child}\n")
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ class WrongInACrowd(Queueing):
     """When more than 150 wait it sells without a look at the stock."""
 
     word, says, tests = 1, "oversold", "2"
+    service_s = 0.003
 
     def sold_out(self) -> Answer:
         return self.sell("anybody", None) if self.in_flight > IN_FLIGHT else super().sold_out()

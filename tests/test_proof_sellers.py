@@ -27,7 +27,9 @@ def prove(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("seller", QUICK + LONG if ALL else QUICK, ids=lambda seller: seller.__name__)
+@pytest.mark.parametrize(
+    "seller", QUICK + LONG if ALL else QUICK, ids=lambda seller: seller.__name__
+)
 def test_each_seller_gets_the_right_word_and_its_reason(seller: type[Seller]) -> None:
     with selling(seller()) as url:
         done = prove("--url", url, *seller.arguments, "--tests", "1-5" if ALL else seller.tests)
