@@ -4,6 +4,7 @@ This file is HTTP only: the routes, what a request may be, which status an outco
 database decides each sale, in db.py. `python app.py` serves a demo, `gunicorn app:app` a real sale.
 """
 
+import functools
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-unty
 from werkzeug.exceptions import HTTPException
 
 import db
-from serving import json_bodies
+from serving import buyers, json_bodies
 from serving.config import MAX_STOCK, ConfigError, read_config
 from serving.headers import (
     idempotency_key_of,
@@ -47,7 +48,11 @@ Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same seven ve
 
 
 def buy_ticket(store: Store, request: Request) -> ResponseReturnValue:
-    purchase = store.buy(customer_id_of(request), idempotency_key_of(request.environ))
+    purchase = store.buy(
+        customer_id_of(request),
+        idempotency_key_of(request.environ),
+        functools.partial(buyers.is_there, request.environ),
+    )
     body = {
         "success": True,
         "message": "Purchase successful",
@@ -110,7 +115,7 @@ def describe(store: Store, request: Request) -> ResponseReturnValue:
         "guarantees": [
             "each unit is sold exactly once: no overselling, no underselling",
             "200 means sold and on disk",
-            "410 and 503 mean not sold, and leave nothing behind",
+            "410 and 503 mean that this attempt sold nothing, and leave nothing behind",
             "the same Idempotency-Key never buys twice",
         ],
     }
@@ -146,7 +151,7 @@ def customer_id_of(request: Request) -> str:
 HINTS = {
     404: "There is nothing at this path - GET / lists the endpoints.",
     405: "This path takes other methods - the header Allow lists them, GET / what they do.",
-    500: "Something failed here - if it was a purchase, repeat it with the same Idempotency-Key.",
+    500: f"Something failed here, a purchase may have been stored - {db.WITH_A_KEY}",
 }
 # 410 and 503: RFC 9110, 15.5.11 and 15.6.4. 422: the IETF draft on the Idempotency-Key header, 2.7.
 STATUS_BY_ERROR = {
@@ -154,7 +159,9 @@ STATUS_BY_ERROR = {
     db.KeyReused: 422,
     db.OutcomeUnknown: 500,
     db.Busy: 503,
+    db.BuyerGone: 503,
     db.Unavailable: 503,
+    db.RestartNeeded: 503,
 }
 
 
@@ -210,7 +217,7 @@ STORE_SETTINGS = ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "DB_POOL_SIZE", 
 
 
 def open_store(url: str, *settings: Any) -> Store:
-    """The store that `url` names, with STORE_SETTINGS; nothing is opened yet. Raises ConfigError."""
+    """The store that `url` names, by STORE_SETTINGS. It opens nothing yet. Raises ConfigError."""
     if url.startswith(("postgresql://", "postgres://")):
         try:
             from postgres.store import PostgresStore

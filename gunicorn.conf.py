@@ -44,6 +44,10 @@ def when_ready(server: Any) -> None:
 
 
 def pre_exec(server: Any) -> None:
+    from app import app
+
+    if stopped := getattr(app.extensions["store"], "stopped", ""):  # a new master wouldn't know
+        cannot_start(stopped)
     draining.before_upgrade(server)
 
 

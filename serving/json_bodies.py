@@ -62,6 +62,12 @@ def decode(body: bytes) -> Any:
     return DECODER.decode(text)
 
 
+def unreadable(message: str) -> bytes:
+    """The body for a request that the server itself couldn't parse, and never handed to the app."""
+    text = f"{message} - send a valid HTTP/1.1 request"
+    return encode({"success": False, "message": text}).encode()
+
+
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 

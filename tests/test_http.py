@@ -2,7 +2,6 @@
 
 import json
 import re
-import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -11,6 +10,8 @@ import pytest
 from flask import Flask
 
 import db
+from app import HINTS
+from sqlite.engine import sqlite3
 
 Client = Any  # flask.testing.FlaskClient, whose answers' `json` may be None to a type checker
 Rows = Callable[[], tuple[int, list[tuple[Any, ...]]]]
@@ -71,6 +72,7 @@ def test_sold_out_is_answered_410_and_stores_nothing(make_app: MakeApp, rows: Ro
         (db.Busy(5.0), 503, "1"),
         (db.Unavailable("no such folder"), 503, "1"),
         (db.OutcomeUnknown("flush failed"), 500, None),
+        (db.BuyerGone(), 503, "1"),
     ],
 )
 def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
@@ -95,6 +97,13 @@ def test_a_store_that_cannot_sell_is_answered_and_logged_with_its_cause(
 
 def test_busy_is_answered_with_the_words_of_the_contract(client: Client) -> None:
     assert db.Busy.message == "Server busy - please retry"
+
+
+@pytest.mark.parametrize("message", [db.Unavailable.message, db.OutcomeUnknown.message, HINTS[500]])
+def test_who_may_have_bought_before_is_told_to_ask_until_it_is_settled(message: str) -> None:
+    """503 speaks of one attempt: an earlier one with the same key may sell after it."""
+    assert "send the same request until 200, 410 or 422" in message
+    assert "nothing was sold" not in message
 
 
 def test_a_bug_is_answered_500_in_json_and_logged_once(
@@ -373,6 +382,30 @@ def test_no_answer_may_be_stored_or_sniffed(client: Client, path: str) -> None:
         "no-store",
         "nosniff",
     )
+
+
+def test_a_proxy_may_keep_for_a_second_only_what_everybody_may_be_told(client: Client) -> None:
+    kept = [client.get("/inventory"), client.get("/inventory?1")]
+    passed_on = [client.get(path) for path in ("/", "/health", "/audit", "/metrics", "/nowhere")]
+    passed_on += [buy(client), buy(client, key="k"), client.post("/inventory")]
+    client.post("/reset", json={"stock": 0})
+    kept.append(buy(client))
+    passed_on.append(buy(client, key="k"))
+    assert (kept[-1].status_code, passed_on[-1].status_code) == (410, 410)
+    assert not [answer for answer in passed_on if "X-Accel-Expires" in answer.headers]
+    for answer in kept:
+        assert answer.headers["X-Accel-Expires"] == "1"  # second
+        names = [name for name, _ in answer.headers]  # nginx before 1.23 reads them in this order
+        assert names.index("X-Accel-Expires") < names.index("Cache-Control")
+
+
+def test_a_reading_that_failed_is_not_kept(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: object) -> None:
+        raise db.Unavailable("gone")
+
+    monkeypatch.setattr(db.SQLiteStore, "inventory", fail)
+    answer = client.get("/inventory")
+    assert (answer.status_code, "X-Accel-Expires" in answer.headers) == (503, False)
 
 
 def test_answers_are_json_objects_in_one_line(client: Client) -> None:
