@@ -51,8 +51,7 @@ class SQLiteStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
-        with self.faults, self.file.reader() as reader:
-            self.file.require_running()
+        with self.faults, self.file.reader(to_write=True) as reader:
             try:
                 purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
             except (SoldOut, KeyReused):
@@ -108,7 +107,7 @@ class SQLiteStore:
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self.faults, self.file.reader() as reader:
+        with self.faults, self.file.reader(to_write=True) as reader:
             with self._transaction() as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
@@ -122,7 +121,7 @@ class SQLiteStore:
         Raises Unavailable or Busy if no purchase could be made.
         """
         try:
-            with self.faults, self.file.reader() as reader:
+            with self.faults, self.file.reader(to_write=True) as reader:
                 with self._transaction() as connection:
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
