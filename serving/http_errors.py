@@ -8,8 +8,8 @@ from typing import Any
 import gunicorn.config
 import gunicorn.util
 
-from serving import json_bodies
 from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
 from serving.starting import cannot_start
 
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
@@ -23,9 +23,7 @@ def install() -> None:
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    """A request that gunicorn can't parse never reaches the app."""
-    text = f"{(message or reason)[:QUOTE_MAX]} - send a valid HTTP/1.1 request"
-    body = json_bodies.encode({"success": False, "message": text}).encode()
+    body = unreadable((message or reason)[:QUOTE_MAX])
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",

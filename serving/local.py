@@ -9,6 +9,8 @@ from typing import Any
 from flask import Flask
 
 from serving.config import address
+from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
 from serving.starting import GUNICORN_CONF, cannot_start, say
 
 BANNER = """\
@@ -44,13 +46,20 @@ def serve(app: Flask) -> None:
 
 def serve_by_waitress(app: Flask) -> None:
     import waitress
+    import waitress.utilities
 
+    waitress.utilities.Error.to_response = json_error  # type: ignore[method-assign,assignment]
     host, port = app.config["HOST"], app.config["PORT"]
     require_free([(host, port)])
     print_banner(app, [address(app.config)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # SERVER_NAME is what may_reset goes by; gunicorn sets it to the bound address too.
     waitress.serve(app, host=host, port=port, threads=THREADS, ident="flash-sale", server_name=host)
+
+
+def json_error(error: Any, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+    headers = [("Content-Type", "application/json"), *SECURITY_HEADERS]
+    return f"{error.code} {error.reason}", headers, unreadable(str(error.body))
 
 
 def print_banner(app: Flask, addresses: list[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from postgres_cluster import PASSWORD, Cluster, reason_to_skip
-from service import PROJECT, Service, free_port, purchase_request, run_to_end, send_at_once
+from service import PROJECT, Service, purchase_request, run_to_end, send_at_once
 
 import app as service_app
 import db
@@ -75,8 +75,7 @@ def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
     command = (
         sys.executable,
         "proof_of_correctness.py",
-        "--url",
-        f"http://127.0.0.1:{free_port()}",
+        "--own-server",
     )
     done = run_to_end(command, DATABASE_URL=url)
     assert done.returncode == 0, done.stdout
@@ -94,8 +93,7 @@ def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None
     command = (
         sys.executable,
         "proof_of_correctness.py",
-        "--url",
-        f"http://127.0.0.1:{free_port()}",
+        "--own-server",
     )
     done = run_to_end(command, DATABASE_URL=url, ALLOW_RESET="0")
     assert done.returncode == 2, done.stdout

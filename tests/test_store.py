@@ -121,6 +121,21 @@ def test_a_refusal_does_not_use_up_the_key(open_store: OpenStore) -> None:
     assert not store.buy("bob", "key-1").replayed
 
 
+def test_a_buyer_who_hung_up_is_not_sold_to_and_one_who_waits_is(open_store: OpenStore) -> None:
+    store = open_store(stock=2)
+    with pytest.raises(db.BuyerGone, match="hung up"):
+        store.buy("alice", None, lambda: False)
+    assert store.audit() == (2, 2, 0)
+    assert store.buy("bob", None, lambda: True).remaining_stock == 1
+    assert store.buy("carol", None, None).remaining_stock == 0
+
+
+def test_a_buyer_with_a_key_is_sold_to_and_finds_it_later(open_store: OpenStore) -> None:
+    store = open_store(stock=1)
+    purchase = store.buy("alice", "key-1", lambda: False)
+    assert store.buy("alice", "key-1") == purchase._replace(replayed=True)
+
+
 def test_one_customer_may_buy_several_units_under_several_keys(open_store: OpenStore) -> None:
     store = open_store(stock=5)
     ids = {store.buy("alice", key).purchase_id for key in ("key-1", "key-2", None, None)}
