@@ -227,6 +227,7 @@ class Job(threading.Thread):
         self.work, self.arguments = work, arguments
         self.value: Any = None
         self.error: BaseException | None = None
+        self.over = threading.Event()  # join() may fail when a signal interrupts it
         self.start()
 
     def run(self) -> None:
@@ -234,9 +235,10 @@ class Job(threading.Thread):
             self.value = self.work(*self.arguments)
         except Exception as error:
             self.error = error
+        self.over.set()
 
     def result(self) -> Any:
-        self.join()
+        self.over.wait()
         if self.error:
             raise self.error
         return self.value
