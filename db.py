@@ -1,41 +1,290 @@
 """A sale on SQLite: one item, its stock, and every purchase on record.
 
-The database alone keeps the promise that each unit is sold exactly once: its write lock puts the sales
-one after another, its constraints (schema.sql) refuse what must never be. Nothing in this process
-decides a sale, so any number of threads and processes may use the same file.
+The database alone keeps the promise that each unit is sold exactly once. Its write lock puts the
+sales one after another, and its constraints (schema.sql) refuse what must never be. Nothing in this
+process decides a sale, so any number of threads and processes may use the same file.
 """
 
-import random
-import sqlite3
-import time
-from collections.abc import Iterator
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlite import setup
-from sqlite.wal import SET_SYNCHRONOUS, FlushError, WalDatabase
+from sqlite.engine import ORIGIN, primary_code, sqlite3
+from sqlite.locks import LockTimeoutError, retry_while_locked
+from sqlite.wal import SET_SYNCHRONOUS, FlushError, StoppedError, WalDatabase, WalReader
 
-RETRY_SLEEP_MIN_S = 0.0005
-RETRY_SLEEP_MAX_S = 0.005
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
+CHECKPOINT_PATIENCE_S = 0.1  # for the write lock, which the sale before it had an instant ago
+
+log = logging.getLogger(__name__)
+
+
+class SQLiteStore:
+    """Every verb raises Unavailable, with its cause, when SQLite can't use the file."""
+
+    concurrency_model = "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase"
+
+    def __init__(
+        self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float
+    ) -> None:
+        self.file = WalDatabase(path)
+        self.faults = StoreErrors(path)
+        self.item_name = item_name
+        self.initial_stock = initial_stock
+        self.lock_timeout_s = lock_timeout_s
+
+    def buy(
+        self,
+        customer_id: str,
+        idempotency_key: str | None = None,
+        buyer_is_there: Callable[[], bool] | None = None,
+    ) -> Purchase:
+        """Sell one unit; when this returns, the purchase is on disk.
+
+        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy,
+        BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
+        committing). Only a buyer without a key is asked for: a key settles what was missed.
+        """
+        with self.faults, self.file.reader() as reader:
+            self.file.require_running()
+            try:
+                purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
+            except (SoldOut, KeyReused):
+                self.file.confirm(reader)  # the sales that it rests on may not be on disk yet
+                raise
+            self.file.flush(reader)  # a replay too: its first answer may have died before the flush
+        if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
+            self._checkpoint()
+        return purchase
+
+    def _find_or_sell(
+        self,
+        reader: WalReader,
+        customer_id: str,
+        idempotency_key: str | None,
+        buyer_is_there: Callable[[], bool] | None,
+    ) -> Purchase:
+        # Without the lock first: nearly every request of a flash sale ends here.
+        purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
+        if purchase is not None:
+            reader.require_same_files()
+            return purchase
+        _require_buyer(idempotency_key, buyer_is_there)
+        with self._transaction() as connection:
+            _require_buyer(idempotency_key, buyer_is_there)  # the wait may have been long
+            reader.require_same_files()
+            return _sell(connection, customer_id, idempotency_key)
+
+    @contextmanager
+    def _transaction(self, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
+        """The one place that begins, commits and rolls back, on a connection of its own."""
+        timeout_s = self.lock_timeout_s if timeout_s is None else timeout_s
+        connection = self.file.connect(patience_s=0)
+        try:
+            retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            self.file.require_running()  # the wait may have been long
+            yield connection
+            self.file.commit(connection)
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        finally:
+            connection.close()
+
+    def inventory(self) -> Inventory:
+        with self.faults, self.file.reader() as reader:
+            return Inventory(*_row(reader.connection, FIND_INVENTORY))
+
+    def audit(self) -> Audit:
+        with self.faults, self.file.reader() as reader:
+            return Audit(*_row(reader.connection, COUNT_PURCHASES))
+
+    def reset(self, stock: int) -> None:
+        """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
+        with self.faults, self.file.reader() as reader:
+            with self._transaction() as connection:
+                _row(connection, FIND_STOCK)
+                connection.execute("DELETE FROM purchases")
+                connection.execute(SET_STOCK, (stock, stock))
+            self.file.flush(reader)
+        self._checkpoint()
+
+    def check(self) -> None:
+        """Go the whole way of a sale without selling: a full disk can still be read.
+
+        Raises Unavailable or Busy if no purchase could be made.
+        """
+        try:
+            with self.faults, self.file.reader() as reader:
+                with self._transaction() as connection:
+                    _row(connection, FIND_STOCK)
+                    # As it is, but written: SQLite skips an UPDATE that changes nothing.
+                    connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
+                self.file.flush(reader)
+        except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
+            raise Unavailable(str(error)) from error
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Without the write lock nothing is copied: the next one does it."""
+        try:
+            with self.faults, self._transaction(CHECKPOINT_PATIENCE_S):
+                self.file.checkpoint()
+        except StoreError as error:  # the sales before it are safe in the WAL
+            log.error("checkpoint of %s failed: %s", self.file.path, error)
+
+    def create(self) -> None:
+        """Make tables and first stock, if they aren't there; safe from many processes at once."""
+        with self.faults:
+            setup.require_usable(self.file.path)
+            with closing(self.file.connect()) as connection:
+                is_ours = setup.has_our_tables(connection)
+                timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
+                mode = retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
+                if mode.fetchone() != ("wal",):
+                    raise OSError("this file system can't hold a WAL database")
+                if not is_ours:
+                    self._create_tables(timeout_s)
+                _row(connection, FIND_STOCK)
+            self.file.checkpoint_if_alone()
+
+    def _create_tables(self, timeout_s: float) -> None:
+        with self._transaction(timeout_s) as connection:
+            if not setup.has_our_tables(connection):  # else another process was first
+                setup.create_tables(connection, self.item_name, self.initial_stock)
+
+    @property
+    def stopped(self) -> str:
+        """Why this service sells nothing until a restart; "" while it sells."""
+        return self.file.stopped
+
+    def close(self) -> None:
+        """Close this process's standing connections."""
+        self.file.close()
+
+    def __str__(self) -> str:
+        return f"{self.file.path}, by {ORIGIN} SQLite {sqlite3.sqlite_version}"
+
+
+def _look_up(
+    connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
+) -> tuple[Purchase | None, int]:
+    """What the key has bought already, and the stock. Raises KeyReused and SoldOut.
+
+    In one statement: between two the last unit may be sold to this key, or a reset may come.
+    """
+    if idempotency_key is None:
+        (stock,) = _row(connection, FIND_STOCK)
+    else:
+        row = _row(connection, FIND_STOCK_AND_KEY, idempotency_key)
+        stock, purchase_id, remaining_stock, owner = row
+        if purchase_id is not None:
+            if owner != customer_id:
+                raise KeyReused
+            return Purchase(purchase_id, remaining_stock, replayed=True), stock
+    if stock == 0:
+        raise SoldOut
+    return None, stock
+
+
+def _require_buyer(idempotency_key: str | None, buyer_is_there: Callable[[], bool] | None) -> None:
+    if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
+        raise BuyerGone
+
+
+def _sell(
+    connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
+) -> Purchase:
+    """Under the lock: look again, take a unit, record who has it."""
+    purchase, stock = _look_up(connection, customer_id, idempotency_key)
+    if purchase is not None:
+        return purchase
+    connection.execute(TAKE_UNIT)
+    row = connection.execute(RECORD_PURCHASE, (customer_id, idempotency_key, stock - 1))
+    return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
+
+
+def _row(connection: sqlite3.Connection, statement: str, *parameters: object) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = connection.execute(statement, parameters).fetchone()
+    if row is None:
+        raise OSError("the inventory table is empty")
+    return row
+
 
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
 FIND_STOCK_AND_KEY = """
     SELECT stock, purchase_id, remaining_stock, customer_id
     FROM inventory LEFT JOIN purchases ON idempotency_key = ? WHERE inventory.item_id = 1"""
-TAKE_UNIT = (
-    "UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
-)
+TAKE_UNIT = """
+    UPDATE inventory SET stock = stock - 1, last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"""
 RECORD_PURCHASE = """
-    INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock) VALUES (1, ?, ?, ?)"""
+    INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock)
+    VALUES (1, ?, ?, ?)"""
 FIND_INVENTORY = """
-    SELECT item_id, item_name, stock, initial_stock, initial_stock - coalesce(
-        (SELECT remaining_stock FROM purchases ORDER BY purchase_id DESC LIMIT 1), initial_stock),
-        last_updated FROM inventory"""
+    SELECT item_id, item_name, stock, initial_stock, initial_stock - stock, last_updated
+    FROM inventory"""
 COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
 SET_STOCK = "UPDATE inventory SET stock = ?, initial_stock = ?, last_updated = CURRENT_TIMESTAMP"
+
+
+class Purchase(NamedTuple):
+    purchase_id: int
+    remaining_stock: int
+    replayed: bool
+
+
+class Inventory(NamedTuple):
+    item_id: int
+    item_name: str
+    current_stock: int
+    initial_stock: int
+    total_purchases: int  # initial - current; `Audit` counts the records
+    last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
+
+
+class Audit(NamedTuple):
+    initial_stock: int
+    current_stock: int
+    purchase_records: int  # counted row by row
+
+    @property
+    def consistent(self) -> bool:
+        return self.current_stock + self.purchase_records == self.initial_stock
+
+
+class StoreErrors:
+    """The one place that gives the errors of SQLite and of the disk their meaning for a sale.
+
+    A refused constraint is a bug in this program, and goes up as it is. This is a class, as a
+    generator costs a refusal 1 µs more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, LockTimeoutError):
+            raise Busy(error.waited_s) from error
+        if isinstance(error, StoppedError):
+            raise RestartNeeded(f"{self.path}: {error}") from error
+        if isinstance(error, FlushError):
+            raise OutcomeUnknown(str(error)) from error
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT:
+            return
+        if isinstance(error, sqlite3.DatabaseError | OSError):
+            raise Unavailable(f"{self.path}: {error}") from error
 
 
 class StoreError(Exception):
@@ -60,223 +309,25 @@ class KeyReused(StoreError):
     message = "This Idempotency-Key belongs to another customer's purchase - send a new key"
 
 
+WITH_A_KEY = "with an Idempotency-Key send the same request until 200, 410 or 422"
+
+
+class BuyerGone(StoreError):
+    message = "The connection was closed before the purchase, nothing was sold"
+
+    def __init__(self) -> None:
+        super().__init__("the buyer hung up, nothing was sold")
+
+
 class Unavailable(StoreError):
-    message = "Purchases are not possible at the moment, nothing was sold - please retry later"
+    message = f"Purchases are not possible at the moment, this attempt sold nothing - {WITH_A_KEY}"
 
 
-class OutcomeUnknown(StoreError):
+class RestartNeeded(Unavailable):
     message = (
-        "The purchase may or may not have been stored - repeat it with the same Idempotency-Key"
+        f"Purchases are not possible until a restart, this attempt sold nothing - {WITH_A_KEY}"
     )
 
 
-class Purchase(NamedTuple):
-    purchase_id: int
-    remaining_stock: int
-    replayed: bool
-
-
-class Inventory(NamedTuple):
-    item_id: int
-    item_name: str
-    current_stock: int
-    initial_stock: int
-    total_purchases: int  # as the last purchase tells it, so it costs the same at any number
-    last_updated: str  # "YYYY-MM-DD HH:MM:SS", UTC
-
-
-class Audit(NamedTuple):
-    initial_stock: int
-    current_stock: int
-    purchase_records: int  # counted row by row
-
-    @property
-    def consistent(self) -> bool:
-        return self.current_stock + self.purchase_records == self.initial_stock
-
-
-class SQLiteStore:
-    """Every method raises Unavailable, with its cause, when SQLite can't use the file."""
-
-    concurrency_model = "SQLite in WAL mode, one connection and one BEGIN IMMEDIATE per purchase"
-
-    def __init__(
-        self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float
-    ) -> None:
-        self.file = WalDatabase(path)
-        self.item_name = item_name
-        self.initial_stock = initial_stock
-        self.lock_timeout_s = lock_timeout_s
-
-    def buy(self, customer_id: str, idempotency_key: str | None = None) -> Purchase:
-        """Sell one unit; when this returns, the purchase is on disk.
-
-        The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy and
-        Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while committing).
-        """
-        with self._faults(), self.file.reader() as reader:
-            # Without the lock first: stock rises only by reset, so a committed 0 is the truth now.
-            purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
-            if purchase is None:
-                with self._transaction() as connection:
-                    reader.require_same_wal()
-                    purchase = _sell(connection, customer_id, idempotency_key)
-            self.file.flush(
-                reader
-            )  # for a replay too: its first answer may have died before the flush
-        if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
-            self.file.checkpoint()
-        return purchase
-
-    def inventory(self) -> Inventory:
-        with self._faults(), self.file.reader() as reader:
-            return Inventory(*reader.connection.execute(FIND_INVENTORY).fetchone())
-
-    def audit(self) -> Audit:
-        with self._faults(), self.file.reader() as reader:
-            return Audit(*reader.connection.execute(COUNT_PURCHASES).fetchone())
-
-    def reset(self, stock: int) -> None:
-        """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self._faults(), self.file.reader() as reader:
-            with self._transaction() as connection:
-                connection.execute("DELETE FROM purchases")
-                connection.execute(SET_STOCK, (stock, stock))
-            self.file.flush(reader)
-        self.file.checkpoint()
-
-    def check(self) -> None:
-        """Go the whole way of a sale without selling: a full disk can still be read. Raises Busy."""
-        try:
-            with self._faults(), self.file.reader() as reader:
-                with self._transaction() as connection:
-                    connection.execute(FIND_INVENTORY).fetchone()
-                    # As it is, but written: an UPDATE that changes nothing isn't.
-                    connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
-                self.file.flush(reader)
-        except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
-            raise Unavailable(str(error)) from error
-        self.file.checkpoint()
-
-    def create(self) -> None:
-        """Make the tables and the first stock, if they aren't there; safe from many processes at once."""
-        with self._faults():
-            setup.require_usable(self.file.path)
-            with closing(self.file.connect()) as connection:
-                is_ours = setup.has_our_tables(connection)
-                timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
-                mode = _retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
-                if mode.fetchone() != ("wal",):
-                    raise OSError("this file system can't hold a WAL database")
-                if not is_ours:
-                    self._create_tables(timeout_s)
-                if connection.execute(FIND_STOCK).fetchone() is None:
-                    raise OSError("the inventory table is empty")
-
-    def close(self) -> None:
-        self.file.close()
-
-    def __str__(self) -> str:
-        return f"SQLite {sqlite3.sqlite_version}, {self.file.path}"
-
-    def _create_tables(self, timeout_s: float) -> None:
-        with self._transaction(timeout_s) as connection:
-            if not setup.has_our_tables(connection):  # else another process was first
-                setup.create_tables(connection, self.item_name, self.initial_stock)
-
-    @contextmanager
-    def _transaction(self, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
-        """The one place that begins, commits and rolls back, on a connection of its own."""
-        timeout_s = self.lock_timeout_s if timeout_s is None else timeout_s
-        connection = self.file.connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
-        try:
-            _retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
-            yield connection
-            _commit(connection)
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        finally:
-            connection.close()
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """What keeps SQLite from using the file becomes Unavailable. A refused constraint is a bug: raised."""
-        try:
-            yield
-        except FlushError as error:
-            raise OutcomeUnknown(str(error)) from error
-        except sqlite3.IntegrityError:
-            raise
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise Unavailable(f"{self.file.path}: {error}") from error
-
-
-def _look_up(
-    connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
-) -> tuple[Purchase | None, int]:
-    """What the key has bought already, and the stock. Raises KeyReused and SoldOut.
-
-    In one statement: between two the last unit may be sold to this key, or a reset may come.
-    """
-    if idempotency_key is None:
-        stock = connection.execute(FIND_STOCK).fetchone()[0]
-    else:
-        row = connection.execute(FIND_STOCK_AND_KEY, (idempotency_key,)).fetchone()
-        stock, purchase_id, remaining_stock, owner = row
-        if purchase_id is not None:
-            if owner != customer_id:
-                raise KeyReused
-            return Purchase(purchase_id, remaining_stock, replayed=True), stock
-    if stock == 0:
-        raise SoldOut
-    return None, stock
-
-
-def _sell(
-    connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
-) -> Purchase:
-    """Under the lock: look again, take a unit, record who has it."""
-    purchase, stock = _look_up(connection, customer_id, idempotency_key)
-    if purchase is not None:
-        return purchase
-    connection.execute(TAKE_UNIT)
-    row = connection.execute(RECORD_PURCHASE, (customer_id, idempotency_key, stock - 1))
-    return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
-
-
-def _retry_while_locked(
-    connection: sqlite3.Connection, lock_timeout_s: float, *statements: str
-) -> sqlite3.Cursor:
-    """Execute statements, the last of which takes a lock; again while another has it, or raise Busy.
-
-    The sleeps are random and short: no waiter has an advantage, and the lock is never free for long.
-    """
-    started = time.monotonic()
-    sleep_max_s = RETRY_SLEEP_MIN_S
-    while True:
-        try:
-            for statement in statements:
-                cursor = connection.execute(statement)
-            return cursor
-        except sqlite3.OperationalError as error:
-            if (
-                error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
-            ):  # the low byte: without SQLite's details
-                raise
-        waited_s = time.monotonic() - started
-        if waited_s >= lock_timeout_s:
-            raise Busy(waited_s)
-        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))
-        sleep_max_s = min(sleep_max_s * 1.5, RETRY_SLEEP_MAX_S)
-
-
-def _commit(connection: sqlite3.Connection) -> None:
-    try:
-        connection.execute("COMMIT")
-    except sqlite3.Error as error:
-        # A page couldn't be handed to the kernel (no room, a limit): without it there is no transaction.
-        if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
-            raise
-        raise OutcomeUnknown(f"COMMIT failed: {error}") from error
+class OutcomeUnknown(StoreError):
+    message = f"The purchase may or may not have been stored - {WITH_A_KEY}"

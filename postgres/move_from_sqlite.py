@@ -1,6 +1,6 @@
 """Move a sale from SQLite to PostgreSQL, stock and purchases complete: stop the service, then
 
-    python -m backends.move_from_sqlite inventory.db postgresql://user:password@host/database
+    python -m postgres.move_from_sqlite inventory.db postgresql://user:password@host/database
 
 All or nothing, into a database where nothing was sold yet. Purchase ids and keys stay what they were.
 """

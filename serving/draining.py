@@ -1,67 +1,93 @@
-"""A stop that loses nobody: whoever waits in the backlog is answered, whoever comes later is refused.
+"""A stop that loses nobody: whoever waits in the backlog is answered, later buyers are refused.
 
-gunicorn alone closes the listening socket at SIGTERM, and the kernel resets everybody who waits in it.
+gunicorn alone closes the listening socket at SIGTERM, and the kernel resets everybody who waits in
+it. Here the master first closes the queue with `listen(0)`, and the workers then accept until it is
+empty. That needs no right. A handshake in that very moment may be reset, and then sold nothing.
 """
 
-import ctypes
 import functools
+import logging
 import mmap
 import os
-import select
 import signal
-import socket
-import struct
-import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any, NoReturn
 
-DRAIN_LIMIT_S = 20  # for those who wait in the backlog
-LAST_COMER_S = 0.2  # for the last packet of handshakes that were begun
-SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
+DRAIN_LIMIT_S = 20  # for the buyers who wait in the backlog
+ORPHAN_DRAIN_LIMIT_S = 1  # the same when the master was killed, as the next one wants the port
+RUNNING, SHARED, STOPPING = range(3)  # SHARED: somebody else goes on listening on our sockets
 
-# A BPF program for a listening socket: drop who asks to connect, let begun handshakes finish.
-# Rows of code, jump if true, jump if false, operand.
-DROP_SYN = [
-    (0x30, 0, 0, 13),  # load the byte of the TCP flags
-    (0x54, 0, 0, 0x12),  # keep SYN and ACK
-    (0x15, 0, 1, 0x02),  # SYN alone?
-    (0x06, 0, 0, 0),  # drop it
-    (0x06, 0, 0, 0xFFFF),  # let all else pass
-]
+log = logging.getLogger("gunicorn.error")
 
 
 def install(server: Any) -> None:
-    """In the master: SIGTERM and Ctrl-C drain. The flag is shared with the workers."""
-    server.stopping = mmap.mmap(-1, 1)
+    """In the master: SIGTERM and Ctrl-C drain."""
+    server.state = mmap.mmap(-1, 1)  # of all processes, as they share this memory
+    server.state[0] = SHARED if server.systemd or server.master_pid else RUNNING
+    server.lifeline = os.pipe()  # only the master keeps the end that writes: it closes as he dies
     server.handle_int = server.handle_term = functools.partial(stop, server)
 
 
+def before_upgrade(server: Any) -> None:
+    """In the process that becomes the second master."""
+    server.state[0] = SHARED
+
+
 def stop(server: Any) -> NoReturn:
-    """Let nobody else queue, unless another master goes on listening."""
+    """Close the queue, unless another master or systemd goes on listening."""
     # gunicorn itself notices only within a second that the old master is gone.
     is_second = server.master_pid and server.master_pid == os.getppid()
     if not (server.reexec_pid or is_second or server.systemd):
-        server.stopping[0] = True
-        rows = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in DROP_SYN))
-        program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(rows))
-        for listener in server.LISTENERS if sys.platform == "linux" else ():
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        server.state[0] = STOPPING
+        close_queue(server.LISTENERS)
     raise StopIteration  # as gunicorn's own handle_term does
 
 
-def ignore_terminal(worker: Any) -> None:
-    """A terminal's Ctrl-C reaches the workers too: they leave it to the master."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if worker.stopping[0]:  # the SIGTERM may have come before gunicorn listened for it
+def close_queue(listeners: list[Any]) -> None:
+    try:
+        for listener in listeners:
+            listener.sock.listen(0)
+    except OSError:  # whatever it is, the stop goes on
+        log.exception("The queue of %s stays open", listener)
+
+
+def enter_worker(server: Any, worker: Any) -> None:
+    """Right after the fork."""
+    worker.state = server.state
+    worker.lifeline = server.lifeline[0]
+    worker.is_orphan = False
+    os.close(server.lifeline[1])
+
+
+def begin_work(worker: Any) -> None:
+    """As soon as the worker handles signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the master's to handle
+    if worker.state[0] == STOPPING:  # the SIGTERM may have come before gunicorn listened for it
         worker.alive = False
+    threading.Thread(target=end_with_the_master, args=[worker], daemon=True).start()
 
 
-def answer_backlog(server: Any, worker: Any) -> None:
-    """In a worker that ends: answer those who wait."""
-    deadline = time.monotonic() + DRAIN_LIMIT_S
-    for listener in worker.sockets if server.stopping[0] else ():
-        while time.monotonic() < deadline and select.select([listener], [], [], LAST_COMER_S)[0]:
-            with suppress(BlockingIOError):  # another worker was faster
-                worker.accept(listener)
+def end_with_the_master(worker: Any) -> None:
+    """As after SIGTERM. gunicorn looks for its master only once in half of `timeout`."""
+    os.read(worker.lifeline, 1)  # returns when the master has ended, however it did
+    worker.is_orphan = True
+    if worker.state[0] == RUNNING:
+        close_queue(worker.sockets)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def answer_backlog(worker: Any) -> None:
+    """In a worker that ends: answer the buyers who wait, if nobody else will."""
+    if not worker.is_orphan and worker.state[0] != STOPPING:
+        return
+    limit_s = ORPHAN_DRAIN_LIMIT_S if worker.is_orphan else DRAIN_LIMIT_S
+    deadline = time.monotonic() + limit_s
+    for listener in worker.sockets:
+        listener.setblocking(False)
+        with suppress(BlockingIOError):  # nobody waits
+            while time.monotonic() < deadline:
+                with suppress(ConnectionAbortedError):
+                    worker.accept(listener)
         listener.close()  # at once: nobody may come to wait while this process ends

@@ -1,25 +1,29 @@
-"""What gunicorn answers by itself (a request it can't parse), as JSON; it has no setting for that."""
+"""What gunicorn says by itself, in this service's words; it has no settings for that."""
 
-import json
 import logging
 import socket
 from http import HTTPStatus
+from typing import Any
 
+import gunicorn.config
 import gunicorn.util
 
 from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
+from serving.starting import cannot_start
 
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 
 
 def install() -> None:
     gunicorn.util.write_error = write_json_error
+    gunicorn.config.WorkerClass.validator = staticmethod(require_sync)
+    gunicorn.config.WorkerThreads.validator = staticmethod(require_one_thread)
     logging.getLogger("gunicorn.error").addFilter(shorten)
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    text = f"{(message or reason)[:QUOTE_MAX]} - send a valid HTTP/1.1 request"
-    body = json.dumps({"success": False, "message": text}, separators=(",", ":")).encode()
+    body = unreadable((message or reason)[:QUOTE_MAX])
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",
@@ -31,7 +35,19 @@ def write_json_error(client: socket.socket, status: int, reason: str, message: s
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """gunicorn logs the line that it can't parse, however long: nobody may fill the log that way."""
+    """gunicorn logs a line that it can't parse, however long: nobody may fill the log that way."""
     if not record.args:
         record.msg = str(record.msg)[:QUOTE_MAX]
     return True
+
+
+def require_sync(worker_class: Any) -> Any:
+    if worker_class != "sync":
+        cannot_start(f"worker class {worker_class} would lose buyers at a stop - leave it at sync")
+    return worker_class
+
+
+def require_one_thread(threads: Any) -> int:
+    if int(threads) != 1:
+        cannot_start(f"{threads} threads would lose buyers at a stop - take more --workers instead")
+    return 1

@@ -1,20 +1,18 @@
-"""`python app.py`: a banner, then gunicorn, or Flask's own threaded server where that doesn't run."""
+"""`python app.py`, the local demo: a banner, then gunicorn, or waitress where that doesn't run."""
 
-import importlib.util
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
-from typing import cast
+from typing import Any
 
 from flask import Flask
-from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler, make_server
 
-from serving.config import TEXTS, address
+from serving.config import address
+from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
+from serving.starting import GUNICORN_CONF, cannot_start, say
 
-ROOT = Path(__file__).parent.parent
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BANNER = """\
 ============================================================
 FLASH SALE INVENTORY SERVICE
@@ -23,52 +21,59 @@ Item:                {now.item_name}
 Initial stock:       {now.initial_stock} units, {now.current_stock} left
 Concurrency control: {store.concurrency_model}
 Lock timeout:        {LOCK_TIMEOUT:g} s
-URL:                 http://{address}
+URL:                 {url}
 ============================================================"""
+THREADS = 8  # waitress's; more would fight over the interpreter while one holds the write lock
 
 
-def allow_reset_on_loopback() -> None:
-    if (os.environ.get("HOST") or TEXTS["HOST"]) in LOOPBACK:
-        os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "1"
+def allow_reset_from_this_machine() -> None:
+    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "loopback"
 
 
 def serve(app: Flask) -> None:
-    host, port, store = app.config["HOST"], app.config["PORT"], app.extensions["store"]
-    _require_free_port(host, port)
-    print(
-        BANNER.format(
-            **app.config, address=address(app.config), store=store, now=store.inventory()
-        ),
-        flush=True,
-    )
-    if os.name == "posix" and importlib.util.find_spec("gunicorn"):
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        )
-        conf = str(ROOT / "gunicorn.conf.py")
-        os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "--config", conf, "app:app"])
-    server = cast(
-        ThreadedWSGIServer, make_server(host, port, app, threaded=True, request_handler=JsonHandler)
-    )
-    server.daemon_threads = False  # requests in flight are answered before the process ends
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server.serve_forever()
-
-
-class JsonHandler(WSGIRequestHandler):
-    error_content_type = "application/json"  # of what it can't parse
-    error_message_format = (
-        '{"success":false,"message":"Status %(code)d - send a valid HTTP/1.1 request"}\n'
-    )
-
-    def version_string(self) -> str:
-        return "flash-sale"  # not the versions of Werkzeug and Python
-
-
-def _require_free_port(host: str, port: int) -> None:
     try:
-        socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        ).close()
-    except (OSError, TypeError, ValueError) as error:  # the latter for what can't be a host's name
-        sys.exit(f"Cannot start: {error} - set HOST or PORT")
+        from gunicorn.app.wsgiapp import WSGIApplication
+    except ImportError:  # on Windows for one
+        serve_by_waitress(app)
+        return
+    sys.argv[1:] = ["--config", str(GUNICORN_CONF), "app:app"]
+    server = WSGIApplication()
+    if "GUNICORN_FD" not in os.environ and "LISTEN_FDS" not in os.environ:
+        require_free(server.cfg.address)
+    print_banner(app, server.cfg.bind)
+    server.run()
+
+
+def serve_by_waitress(app: Flask) -> None:
+    import waitress
+    import waitress.utilities
+
+    waitress.utilities.Error.to_response = json_error  # type: ignore[method-assign,assignment]
+    host, port = app.config["HOST"], app.config["PORT"]
+    require_free([(host, port)])
+    print_banner(app, [address(app.config)])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SERVER_NAME is what may_reset goes by; gunicorn sets it to the bound address too.
+    waitress.serve(app, host=host, port=port, threads=THREADS, ident="flash-sale", server_name=host)
+
+
+def json_error(error: Any, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+    headers = [("Content-Type", "application/json"), *SECURITY_HEADERS]
+    return f"{error.code} {error.reason}", headers, unreadable(str(error.body))
+
+
+def print_banner(app: Flask, addresses: list[str]) -> None:
+    store = app.extensions["store"]
+    url = ", ".join(f"http://{address}" for address in addresses)
+    say(BANNER.format(**app.config, store=store, now=store.inventory(), url=url))
+
+
+def require_free(addresses: list[Any]) -> None:
+    """One line now, where gunicorn would try for five seconds and log each attempt."""
+    for place in addresses:
+        try:
+            family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+            if isinstance(place, tuple):  # not the path of a Unix socket
+                socket.create_server(place, family=family).close()
+        except (OSError, TypeError, ValueError) as error:  # the latter: no host can have this name
+            cannot_start(f"{error} - set HOST or PORT", 1)  # as gunicorn exits then

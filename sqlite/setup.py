@@ -1,9 +1,11 @@
-"""What an SQLite file has to be before anything is sold from it. Raises OSError, with what to change."""
+"""What an SQLite file has to be before anything is sold from it. OSError says what to change."""
 
 import os
-import sqlite3
+import re
 from contextlib import suppress
 from pathlib import Path
+
+from sqlite.engine import sqlite3
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
@@ -17,8 +19,46 @@ def require_usable(path: Path) -> None:
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     for place in (path, path.parent):
-        if not os.access(place, os.W_OK):
-            raise OSError(f"{place} is read-only")
+        if not may_write(place):
+            raise OSError(why_not(place))
+    require_one_name(path)
+
+
+def require_one_name(path: Path) -> None:
+    """SQLite puts a WAL beside each name of a file: two of them would sell every unit twice."""
+    names = path.stat().st_nlink
+    if names > 1:
+        raise OSError(f"the file has {names} names (hard links) - keep one and remove the others")
+    with suppress(FileNotFoundError):  # Linux has it
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        if str(path) in {unescaped(line.split()[4]) for line in mounts.splitlines()}:
+            raise OSError("the file itself is a mount point - mount the folder that holds it")
+
+
+def unescaped(mount_point: str) -> str:
+    """Blanks and backslashes stand there as three octal digits (man 5 proc)."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), mount_point)
+
+
+def may_write(place: Path) -> bool:
+    """With the rights that count when a file is opened, where the platform can tell."""
+    return os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def why_not(place: Path) -> str:
+    if os.name == "posix" and place.stat().st_uid != os.geteuid():
+        owner, user = name_of(place.stat().st_uid), name_of(os.geteuid())
+        return f"{place} belongs to {owner}, this process is {user}, who may not write there"
+    return f"{place} is read-only"
+
+
+def name_of(user: int) -> str:
+    import pwd  # POSIX only
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:  # as in a container
+        return f"user {user}"
 
 
 def has_our_tables(connection: sqlite3.Connection) -> bool:

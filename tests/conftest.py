@@ -1,9 +1,6 @@
-"""Fixtures: a database of its own for each test, the stores that have to keep the contract, a test client."""
+"""Each test gets its own database, the stores that keep the contract, and a test client."""
 
-import os
 import shutil
-import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,17 +8,11 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from service import PROJECT
 
-import db
+from sqlite.engine import sqlite3
 
-# Importing app makes the module's own app: give it a database that is not the developer's.
-_import_folder = tempfile.mkdtemp()
-os.environ["DATABASE_URL"] = f"sqlite:///{_import_folder}/import.db"
 OpenStore = Callable[..., Any]
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(_import_folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -75,16 +66,43 @@ def client(make_app: Callable[..., Flask]) -> FlaskClient:
 
 
 @pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A selenium driver of headless Chromium."""
+    from browser import chromium
+
+    with chromium(tmp_path) as chrome:
+        yield chrome
+
+
+@pytest.fixture
 def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
-    """What is stored: the stock, and each purchase's (customer_id, idempotency_key, remaining_stock)."""
+    """Read what is stored: the stock, and the purchases.
+
+    A purchase is (customer_id, idempotency_key, remaining_stock).
+    """
 
     def read() -> tuple[int, list[tuple[Any, ...]]]:
         connection = sqlite3.connect(database)
         try:
             stock = connection.execute("SELECT stock FROM inventory").fetchone()[0]
-            query = "SELECT customer_id, idempotency_key, remaining_stock FROM purchases ORDER BY purchase_id"
+            query = (
+                "SELECT customer_id, idempotency_key, remaining_stock"
+                " FROM purchases ORDER BY purchase_id"
+            )
             return stock, connection.execute(query).fetchall()
         finally:
             connection.close()
 
     return read
+
+
+@pytest.fixture
+def copy_of_the_program(tmp_path: Path) -> Path:
+    """A folder of its own for a .env file, with what a start needs."""
+    folder = tmp_path / "copy"
+    rooms = ("app.py", "db.py", "schema.sql", "gunicorn.conf.py", "serving", "sqlite")
+    for name in rooms:
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+        folder.mkdir(exist_ok=True)
+        copy(PROJECT / name, folder / name)
+    return folder

@@ -1,4 +1,7 @@
-"""Several hosts on one machine, each in a network namespace, and buyers who keep a history of all of them."""
+"""Several hosts share one machine, each in a network namespace, and buyers use all of them.
+
+The buyers keep one history of everything that the hosts answered.
+"""
 
 import ctypes
 import functools
@@ -38,7 +41,10 @@ READING_PAUSE_S = 0.02
 
 
 class Network:
-    """A host for each name, on one switch. `with` removes all of it, and the machine's own is not touched."""
+    """Each name is a host, and all hosts are on one switch.
+
+    `with` removes all of it, and the machine's own network is not touched.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -148,9 +154,9 @@ def all_workers(service: Service, wanted: int) -> list[int]:
 class Buyers:
     """A crowd that buys at all of these URLs, one customer after the other, and its history.
 
-    A buyer whose outcome is unknown asks again with the same key, anywhere. One who is told 503 takes its
-    word that nothing was sold, and comes back with a new key: were it not true, he would have two tickets.
-    Leaving `with` waits until every purchase that was begun is settled.
+    A buyer whose outcome is unknown asks again with the same key, anywhere. A buyer who is told 503
+    believes that nothing was sold, and comes back with a new key. If something was sold after all,
+    this buyer has two tickets. Leaving `with` waits until every purchase that was begun is settled.
     """
 
     def __init__(self, urls: Sequence[str], stock: int) -> None:
@@ -187,7 +193,7 @@ class Buyers:
         return False
 
     def wait_for_sales(self, wanted: int, url: str = "") -> None:
-        """Until that many more were acknowledged to buyers who asked from now on, at `url` if it is given."""
+        """Wait until buyers who ask from now on have got that many sales, at `url` if given."""
         now = time.monotonic()
 
         def sold() -> int:
@@ -241,7 +247,7 @@ class Buyers:
         return None
 
     def judge(self, cluster: Cluster, database: str) -> None:
-        """The history is linearizable, and what is stored is what was acknowledged: all of it, once."""
+        """The history is linearizable, and exactly what was acknowledged is stored, each once."""
         sold = {a[2:4] + a[7:9] for a in self.attempts if a.status == SOLD}
         query = "SELECT customer_id, idempotency_key, remaining_stock, purchase_id FROM purchases"
         stored = cluster.sql(query, database).splitlines()

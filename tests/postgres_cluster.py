@@ -64,12 +64,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class Cluster:
-    """One server. Every wait is bounded; what goes wrong is told with the end of the server's log."""
+    """One server runs with bounded waits; a failure shows the end of the server's log."""
 
     def __init__(
         self, settings: str = "", host: str = "127.0.0.1", port: int = 0, prefix: Sequence[str] = ()
     ) -> None:
-        """`settings` are lines of postgresql.conf; `prefix` goes before the server's command line."""
+        """`settings` are lines of postgresql.conf; `prefix` goes before the server's command."""
         self.host = host
         self.port = port or free_port()
         self.settings = settings
@@ -116,7 +116,10 @@ class Cluster:
     def standby(self, name: str = "standby", **place: Any) -> "Cluster":
         """A copy of this server that streams from it as `name`; not started yet."""
         copy = Cluster(self.settings, **place)
-        source = f"host={self.host} port={self.port} user={ROLE} password={PASSWORD} application_name={name}"
+        source = (
+            f"host={self.host} port={self.port} user={ROLE} password={PASSWORD}"
+            f" application_name={name}"
+        )
         self.run(
             "pg_basebackup", "-D", copy.data, "-d", source, "-R", "-X", "stream", "-c", "fast", "-N"
         )
@@ -139,7 +142,10 @@ class Cluster:
         self._wait_until_ready()
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: fast (aborts what runs); SIGQUIT: immediate (recovers from the WAL when started)."""
+        """SIGINT stops fast and aborts what runs; SIGQUIT stops at once.
+
+        After SIGQUIT the next start recovers from the WAL.
+        """
         if self.process and self.process.poll() is None:
             self.process.send_signal(how)
             self.process.wait(STOP_TIMEOUT_S)
@@ -260,16 +266,19 @@ def _is_alive(pid: str) -> bool:
 
 
 def reason_to_skip() -> str:
-    """Why the PostgreSQL tests can't run here; "" if they can. In CI that is a failure, not a reason."""
-    if not (Path(__file__).parent.parent / "backends").exists():
-        return "backends/ was deleted: SQLite only"
+    """Return why the PostgreSQL tests can't run here, or "" if they can.
+
+    In CI a reason is a failure: it raises RuntimeError.
+    """
+    if not (Path(__file__).parent.parent / "postgres").exists():
+        return "postgres/ was deleted: SQLite only"
     reason = (
         ""
         if binaries()
         else "no PostgreSQL server on this machine (Debian: apt-get install postgresql)"
     )
     if not all(importlib.util.find_spec(name) for name in ("psycopg", "psycopg_pool")):
-        reason = "psycopg is not installed (pip install -r backends/requirements.txt)"
+        reason = "psycopg is not installed (pip install -r postgres/requirements.txt)"
     if reason and os.environ.get("CI"):
         raise RuntimeError(reason)
     return reason

@@ -1,4 +1,4 @@
-"""A forwarding proxy between an app host and its database: it delays, stalls, cuts and disappears."""
+"""A proxy between an app host and its database delays, stalls, cuts and disappears."""
 
 import socket
 import threading
@@ -11,7 +11,10 @@ CHUNK_BYTES = 65536
 
 
 class Proxy:
-    """Forwards connections to a port; each fault holds until it is lifted. `with` opens and closes it."""
+    """Connections are forwarded to a port; each fault holds until it is lifted.
+
+    `with` opens and closes the proxy.
+    """
 
     def __init__(
         self, target_port: int, target_host: str = "127.0.0.1", delay_s: float = 0.0

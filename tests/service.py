@@ -1,4 +1,4 @@
-"""The real service as a process of its own, and crowds of buyers that come at once over real sockets."""
+"""The real service is a process of its own; crowds of buyers come at once over real sockets."""
 
 import json
 import os
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import requests
 
+from serving.config import CHOICES, NUMBERS, TEXTS
+
 PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 20.0
@@ -28,6 +30,7 @@ class Answer(NamedTuple):
     status: int  # 0: no answer; `text` says why
     headers: dict[str, str]  # names in lower case
     text: str
+    ended_s: float = 0.0  # of time.perf_counter(): when a crowd's connection ended, or was given up
 
     @property
     def json(self) -> dict[str, Any]:
@@ -42,9 +45,18 @@ def need(condition: object, reason: str) -> None:
         pytest.skip(reason)
 
 
+def need_root(what: str) -> None:
+    """Skip what only root may do: the one skip that CI=true allows."""
+    if os.geteuid() != 0:
+        pytest.skip(f"{what} needs root")
+
+
 def patched(statements: str) -> tuple[str, ...]:
     """The command that starts gunicorn after `statements` have changed the program."""
-    run = "import sys; from gunicorn.app.wsgiapp import run; sys.argv = ['gunicorn', 'app:app']; run()"
+    run = (
+        "import sys; from gunicorn.app.wsgiapp import run;"
+        " sys.argv = ['gunicorn', 'app:app']; run()"
+    )
     return (sys.executable, "-c", f"{statements}\n{run}")
 
 
@@ -69,26 +81,17 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without the service's own variables, then `variables`."""
-    own = (
-        "DATABASE_URL",
-        "ITEM_NAME",
-        "INITIAL_STOCK",
-        "LOCK_TIMEOUT",
-        "ALLOW_RESET",
-        "HOST",
-        "PORT",
-    )
-    kept = {
-        name: value for name, value in os.environ.items() if name not in (*own, "WEB_CONCURRENCY")
-    }
-    return kept | variables
+    own = {*TEXTS, *CHOICES, *NUMBERS, "GUNICORN_CMD_ARGS"}
+    return {name: value for name, value in os.environ.items() if name not in own} | variables
 
 
-def run_to_end(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def run_to_end(
+    command: Sequence[str], cwd: str | Path = PROJECT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A command that is expected to end by itself, in the project's folder."""
     return subprocess.run(
         command,
-        cwd=PROJECT,
+        cwd=cwd,
         env=environment(**variables),
         capture_output=True,
         text=True,
@@ -205,6 +208,7 @@ def send_at_once(port: int, raw_requests: Sequence[bytes], limit_s: float = 60.0
     allow_open_files(len(raw_requests) + 500)
     crowd = selectors.DefaultSelector()
     received = [bytearray() for _ in raw_requests]
+    ended_s: dict[int, float] = {}
     for number in range(len(raw_requests)):
         buyer = socket.socket()
         buyer.setblocking(False)
@@ -213,11 +217,16 @@ def send_at_once(port: int, raw_requests: Sequence[bytes], limit_s: float = 60.0
     deadline = time.monotonic() + limit_s
     while crowd.get_map() and time.monotonic() < deadline:
         for key, events in crowd.select(timeout=1):
-            _advance(crowd, key, events, raw_requests, received)
+            if _advance(crowd, key, events, raw_requests, received):
+                ended_s[key.data] = time.perf_counter()
+    given_up_s = time.perf_counter()
     for key in list(crowd.get_map().values()):
         _socket(key).close()
     crowd.close()
-    return [parse_answer(bytes(raw)) for raw in received]
+    return [
+        parse_answer(bytes(raw))._replace(ended_s=ended_s.get(number, given_up_s))
+        for number, raw in enumerate(received)
+    ]
 
 
 def _socket(key: selectors.SelectorKey) -> socket.socket:
@@ -231,20 +240,22 @@ def _advance(
     events: int,
     raw_requests: Sequence[bytes],
     received: list[bytearray],
-) -> None:
+) -> bool:
+    """Send or read what is possible now; True once the connection has ended."""
     buyer = _socket(key)
     try:
         if events & selectors.EVENT_WRITE:
             buyer.sendall(raw_requests[key.data])
             crowd.modify(buyer, selectors.EVENT_READ, key.data)
-            return
+            return False
         data = buyer.recv(65536)
         received[key.data] += data
     except BlockingIOError:
-        return
+        return False
     except OSError as error:  # refused or reset: what came until then is the answer
         received[key.data] = received[key.data] or bytearray(repr(error).encode())
         data = b""
     if not data:
         crowd.unregister(buyer)
         buyer.close()
+    return not data

@@ -2,7 +2,6 @@
 
 import math
 import runpy
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,20 @@ import pytest
 from flask import Flask
 from service import PROJECT, run_to_end
 
-import app as app_module
+from serving.config import CHOICES, NUMBERS, TEXTS, ConfigError, read_config
 
 
+@pytest.fixture
+def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the environment nor a developer's .env sets a variable of the service."""
+    monkeypatch.setattr("serving.config.load_dotenv", lambda path: False)
+    for name in (*TEXTS, *CHOICES, *NUMBERS):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("without_variables")
 def test_without_variables_the_defaults_hold() -> None:
-    config = app_module.read_config({})
+    config = read_config()
     workers = config.pop("WEB_CONCURRENCY")
     assert 2 <= workers <= 8
     assert config == {
@@ -24,16 +32,17 @@ def test_without_variables_the_defaults_hold() -> None:
         "ITEM_NAME": "Item A - Concert Ticket",
         "INITIAL_STOCK": 100,
         "LOCK_TIMEOUT": 5.0,
-        "ALLOW_RESET": 0,
+        "ALLOW_RESET": "0",
+        "DB_POOL_SIZE": 4,
+        "DB_POOL_TIMEOUT": 5.0,
         "HOST": "127.0.0.1",
         "PORT": 8000,
     }
 
 
+@pytest.mark.usefixtures("without_variables")
 def test_an_empty_variable_counts_as_unset() -> None:
-    assert app_module.read_config(dict.fromkeys(app_module.NUMBERS, "")) == app_module.read_config(
-        {}
-    )
+    assert read_config(**dict.fromkeys(NUMBERS, "")) == read_config()
 
 
 @pytest.mark.parametrize(
@@ -44,12 +53,14 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("LOCK_TIMEOUT", "0.25", 0.25),
         ("LOCK_TIMEOUT", "0", 0.0),
         ("PORT", " 8080 ", 8080),
-        ("ALLOW_RESET", "1", 1),
+        ("ALLOW_RESET", "1", "1"),
+        ("DB_POOL_SIZE", "2", 2),
+        ("DB_POOL_TIMEOUT", "0.5", 0.5),
         ("ITEM_NAME", "Zoë's show", "Zoë's show"),
     ],
 )
 def test_a_variable_is_read(name: str, value: str, read: Any) -> None:
-    assert app_module.read_config({name: value})[name] == read
+    assert read_config(**{name: value})[name] == read
 
 
 IMPOSSIBLE = [
@@ -67,6 +78,8 @@ IMPOSSIBLE = [
     ("PORT", "65536"),
     ("PORT", "http"),
     ("WEB_CONCURRENCY", "0"),
+    ("DB_POOL_SIZE", "0"),
+    ("DB_POOL_TIMEOUT", "-1"),
     ("ITEM_NAME", "Zo\udceb's show"),
     ("HOST", "\udcff"),
     ("DATABASE_URL", "mysql://localhost/shop"),
@@ -79,7 +92,7 @@ IMPOSSIBLE = [
 def test_a_value_that_makes_no_sense_is_named(
     make_app: Callable[..., Flask], database: Path, name: str, value: str
 ) -> None:
-    with pytest.raises(app_module.ConfigError, match=f"^{name} .*"):
+    with pytest.raises(ConfigError, match=f"^{name} .*"):
         make_app(**{name: value})
     assert not database.exists()
 
@@ -104,11 +117,10 @@ def test_a_start_with_such_a_value_ends_with_one_clear_line(
 
 @pytest.mark.parametrize("timeout", ["0", "5", "29.5", "600"])
 def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Flask], timeout: str
+    monkeypatch: pytest.MonkeyPatch, timeout: str
 ) -> None:
-    monkeypatch.setattr(
-        app_module, "app", make_app(LOCK_TIMEOUT=timeout, HOST="127.0.0.2", PORT=1234)
-    )
+    for name, value in {"LOCK_TIMEOUT": timeout, "HOST": "127.0.0.2", "PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
     conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
     assert conf["timeout"] >= math.ceil(float(timeout)) + 20
     assert isinstance(conf["timeout"], int)
@@ -118,25 +130,39 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     assert "%(q)s" not in conf["access_log_format"]
 
 
-def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    for name in ("app.py", "db.py", "schema.sql"):
-        shutil.copy(PROJECT / name, tmp_path)
-    (tmp_path / ".env").write_text("INITIAL_STOCK=-5\n")
-    ours = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
-    without = run_to_end(
-        [sys.executable, "-c", f"{ours}; sys.modules['dotenv'] = None; import app"], **variables
+STARTS = [["-m", "flask", "--app", "app", "audit"], ["-m", "gunicorn", "app:app"], ["app.py"]]
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_the_env_file_beside_the_program_is_read(
+    copy_of_the_program: Path, command: list[str]
+) -> None:
+    (copy_of_the_program / ".env").write_text("INITIAL_STOCK=-5\n")
+    done = run_to_end([sys.executable, *command], copy_of_the_program)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert done.stderr.startswith("Cannot start: INITIAL_STOCK has to be a whole number from 0")
+
+
+def test_the_environment_goes_before_the_env_file(copy_of_the_program: Path) -> None:
+    (copy_of_the_program / ".env").write_text("INITIAL_STOCK=7\nITEM_NAME=Zoë\n")
+    audit = [sys.executable, *STARTS[0]]
+    done = run_to_end(
+        audit, copy_of_the_program, DATABASE_URL="sqlite:///sale.db", INITIAL_STOCK="3"
     )
-    assert (without.returncode, without.stderr.count("\n")) == (0, 1)
-    assert without.stderr.startswith(".env is not read - pip install python-dotenv")
-    (tmp_path / "dotenv.py").write_text(
-        "import os\ndef load_dotenv(path): os.environ.update([path.read_text().strip().split('=')])\n"
-    )
-    read = run_to_end([sys.executable, "-c", f"{ours}; import app"], **variables)
-    assert read.stderr.startswith("Cannot start: INITIAL_STOCK ")
+    assert '"initial_stock": 3' in done.stdout
+
+
+@pytest.mark.parametrize("command", STARTS[1:])  # flask reads a .env itself, before the app
+def test_an_env_file_that_cannot_be_read_is_told(
+    copy_of_the_program: Path, command: list[str]
+) -> None:
+    (copy_of_the_program / ".env").write_bytes(b"ITEM_NAME=\xff\n")
+    done = run_to_end([sys.executable, *command], copy_of_the_program)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert done.stderr.startswith("Cannot start: .env can't be read: ")
 
 
 def test_every_variable_is_in_the_example_file() -> None:
     example = (PROJECT / ".env.example").read_text(encoding="utf-8")
-    for name in (*app_module.TEXTS, *app_module.NUMBERS):
+    for name in (*TEXTS, *CHOICES, *NUMBERS):
         assert f"\n{name}=" in example or f"\n# {name}=" in example

@@ -1,4 +1,4 @@
-"""A primary and its synchronous standby: when the primary is lost, the same workers sell on at the other."""
+"""When the primary is lost, the same workers sell on at its synchronous standby."""
 
 import signal
 import time
@@ -86,7 +86,7 @@ def settings(primary: Cluster, standby: Cluster) -> dict[str, str]:
 
 
 def fail_over(service: Service, lose_primary: Callable[[], None], standby: Cluster) -> None:
-    """Lose the primary in mid-sale, promote the standby, sell the rest there, and judge the whole."""
+    """Lose the primary in mid-sale, promote the standby, sell the rest there, judge the whole."""
     workers = all_workers(service, WORKERS)
     with Buyers([service.url], STOCK) as buyers:
         buyers.wait_for_sales(SALES)
@@ -140,8 +140,8 @@ def test_a_sale_stands_still_while_the_standby_is_away_and_goes_on_when_it_is_ba
         killed = time.monotonic()
         standby.kill()
         gone = time.monotonic()
-        # Soon each buyer has a purchase of which nobody knows whether it counts, and asks for that again:
-        # only those who waited for the row in the first moment are told 503.
+        # Soon each buyer has a purchase of unknown outcome, and asks for that one again: only those
+        # who waited for the row in the first moment are told 503.
         wait_until(lambda: len(told(buyers, gone)) >= 30, LIMIT_S, "hardly anybody is answered")
         assert set(told(buyers, gone)) <= {BUSY, LOST}
         assert {BUSY, LOST} <= {a.status for a in list(buyers.attempts) if a.end > killed}

@@ -1,4 +1,4 @@
-"""Disks, files and processes that fail under the running service: what the client gets, what is kept."""
+"""Disks, files and processes fail under the running service: answers stay true, sales stay kept."""
 
 import ast
 import itertools
@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -35,12 +34,12 @@ from service import (
 )
 from test_sqlite_store import write_lock
 
+import db
+from sqlite.engine import sqlite3
+
 KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 60.0
 GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")
-REFUSED = {
-    "success": False,
-    "message": "Purchases are not possible at the moment, nothing was sold - please retry later",
-}
+REFUSED = {"success": False, "message": db.Unavailable.message}
 
 
 def errors(service: Service) -> list[str]:
@@ -80,7 +79,10 @@ def mounting() -> bool:
 def mounted(
     folder: Path, mount: str, workers: int = 4, stock: int = 100
 ) -> Iterator[tuple[Service, Path]]:
-    """The service with its database on a mount that only it and its children see and that ends with them."""
+    """Run the service with its database on a mount that only it and its children see.
+
+    The mount ends with them.
+    """
     need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
     disk = folder / "disk"
     disk.mkdir()
@@ -306,7 +308,7 @@ class Buyers:
 
 
 def test_hundreds_of_kills_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    """SIGKILL for workers, now and then for all processes; the service is started again as it was."""
+    """SIGKILL hits workers, now and then all processes; the service is started again as it was."""
     luck, port, kills = random.Random(1), free_port(), 0
     deadline = time.monotonic() + KILLING_LIMIT_S
     with Buyers(port, 4) as buyers:

@@ -23,16 +23,22 @@ from service import PROJECT, environment
 from test_store import *
 from test_store import OpenStore, buy_in_threads
 
+import app as service_app
 import db
 
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
 
 import psycopg
-from backends import postgres, postgres_connections
 
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-SELL = postgres.SELL.replace("$1", "%(key)s").replace("$2", "%(customer_id)s").encode()
+import postgres.connections
+import postgres.store
+
+WAITING = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
+SELL = postgres.store.SELL.replace("$1", "%(key)s").replace("$2", "%(customer_id)s").encode()
 OTHERS = """FROM pg_stat_activity
     WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
 
@@ -197,13 +203,15 @@ def test_a_sale_is_one_round_trip_and_so_is_a_refusal(
 ) -> None:
     store = open_store(stock=2)
     asked: list[str] = []
-    ask = postgres_connections.Connection.ask
+    ask = postgres.connections.Connection.ask
 
     def remember(connection: Any, statement: str, parameters: Any) -> Any:
-        asked.append({postgres.SELL: "sell", postgres.LOOK: "look"}.get(statement, "other"))
+        asked.append(
+            {postgres.store.SELL: "sell", postgres.store.LOOK: "look"}.get(statement, "other")
+        )
         return ask(connection, statement, parameters)
 
-    monkeypatch.setattr(postgres_connections.Connection, "ask", remember)
+    monkeypatch.setattr(postgres.connections.Connection, "ask", remember)
     for _ in range(5):
         timed(lambda: store.buy("alice"))
     assert asked == ["sell", "sell", "sell", "look", "look"]
@@ -300,8 +308,8 @@ def test_a_server_set_to_serializable_sells_each_unit_once(
     open_store: OpenStore, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     if kept:  # as on an engine that knows nothing else
-        ours = postgres_connections.SETTINGS.replace("'read committed'", "'serializable'")
-        monkeypatch.setattr(postgres_connections, "SETTINGS", ours)
+        ours = postgres.connections.SETTINGS.replace("'read committed'", "'serializable'")
+        monkeypatch.setattr(postgres.connections, "SETTINGS", ours)
     with server_default(cluster, "default_transaction_isolation = 'serializable'"):
         store = open_store(stock=10)
         results = buy_in_threads(store, [(f"c{number}", None) for number in range(40)])
@@ -331,7 +339,9 @@ def fail_purchases(admin: psycopg.Connection[Any], code: str, times: int) -> Non
         CREATE SEQUENCE attempts;
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            IF nextval('attempts') <= {times} THEN RAISE EXCEPTION 'made up' USING ERRCODE = '{code}'; END IF;
+            IF nextval('attempts') <= {times} THEN
+                RAISE EXCEPTION 'made up' USING ERRCODE = '{code}';
+            END IF;
             RETURN new;
         END $$;
         CREATE TRIGGER fail BEFORE INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION fail();
@@ -398,8 +408,10 @@ def test_the_plan_of_a_sale_does_not_count_on_empty_tables(
 ) -> None:
     open_store()
     admin.execute("VACUUM ANALYZE")
-    admin.execute(postgres_connections.SETTINGS.encode(), ("1000", "1000"))
-    admin.execute(f"PREPARE sell AS {postgres.SELL}; PREPARE look AS {postgres.LOOK}".encode())
+    admin.execute(postgres.connections.SETTINGS.encode(), ("1000", "1000"))
+    admin.execute(
+        f"PREPARE sell AS {postgres.store.SELL}; PREPARE look AS {postgres.store.LOOK}".encode()
+    )
     for statement in (b"EXPLAIN EXECUTE sell ('k', 'c')", b"EXPLAIN EXECUTE look ('k')"):
         plan = "\n".join(row[0] for row in admin.execute(statement))
         assert "Index Scan using purchases_by_idempotency_key" in plan
@@ -466,7 +478,7 @@ def test_a_connection_that_ended_without_a_word_while_idle_is_not_sold_over(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(
+        store = service_app.open_store(
             store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
         )
         for remaining_stock in (4, 3, 2):
@@ -501,7 +513,7 @@ def test_a_connection_lost_in_mid_sale_is_settled_by_the_key(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(
+        store = service_app.open_store(
             store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
         )
         with row_lock(store_url):
@@ -522,7 +534,7 @@ def test_a_server_that_does_not_answer_any_more_holds_nobody_for_long(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(
+        store = service_app.open_store(
             store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 0.5
         )
         assert store.buy("alice").remaining_stock == 4
@@ -542,7 +554,7 @@ def test_a_server_that_is_not_there_is_unavailable_at_once(
 ) -> None:
     open_store()
     with Proxy(cluster.port) as proxy:
-        store = db.open_store(
+        store = service_app.open_store(
             store_url.replace(f":{cluster.port}/", f":{proxy.port}/"), "Concert", 5, 5.0
         )
         store.buy("alice")
@@ -567,7 +579,7 @@ def test_a_server_that_is_not_there_is_unavailable_at_once(
 
 def test_a_url_of_several_hosts_finds_the_one_that_sells(cluster: Cluster, store_url: str) -> None:
     hosts = store_url.replace("@", "@127.0.0.1:1,") + "&target_session_attrs=read-write"
-    store = db.open_store(hosts, "Concert", 5, 5.0)
+    store = service_app.open_store(hosts, "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     assert PASSWORD not in str(store)
@@ -649,7 +661,8 @@ def test_create_needs_no_lock_where_a_sale_is_under_way(
         ("CREATE TABLE inventory (id integer)", "not ours"),
         ("CREATE TABLE purchases (id integer)", "not ours"),
         (
-            "CREATE TABLE inventory (); COMMENT ON TABLE inventory IS 'flash sale inventory, schema 9'",
+            "CREATE TABLE inventory ();"
+            " COMMENT ON TABLE inventory IS 'flash sale inventory, schema 9'",
             "schema 9",
         ),
     ],
@@ -679,12 +692,14 @@ def test_an_empty_inventory_is_unavailable(
 def test_a_database_that_can_not_hold_every_name_is_refused(cluster: Cluster) -> None:
     cluster.sql("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
     with pytest.raises(db.Unavailable, match="LATIN1"):
-        db.open_store(cluster.url("latin"), "Concert", 5, 5.0).create()
+        service_app.open_store(cluster.url("latin"), "Concert", 5, 5.0).create()
 
 
 def test_a_wrong_password_is_told_in_one_line_without_it(cluster: Cluster) -> None:
     with pytest.raises(db.Unavailable, match="authentication failed") as refused:
-        db.open_store(cluster.url().replace(PASSWORD, "wrong-horse"), "Concert", 5, 5.0).create()
+        service_app.open_store(
+            cluster.url().replace(PASSWORD, "wrong-horse"), "Concert", 5, 5.0
+        ).create()
     assert not re.search("wrong-horse|\n", str(refused.value))
 
 
@@ -706,7 +721,7 @@ def test_a_pool_setting_that_makes_no_sense_is_refused(
 ) -> None:
     monkeypatch.setenv(name, text)
     with pytest.raises(ValueError, match=f"needs {name} to be .*{text}"):
-        db.open_store("postgresql://localhost/sale", "Concert", 5, 5.0)
+        service_app.open_store("postgresql://localhost/sale", "Concert", 5, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -714,12 +729,12 @@ def test_a_pool_setting_that_makes_no_sense_is_refused(
 )
 def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(ValueError, match="must be postgresql://") as refused:
-        db.open_store(url, "Concert", 5, 5.0)
+        service_app.open_store(url, "Concert", 5, 5.0)
     assert "secret" not in str(refused.value)
 
 
 def test_without_psycopg_one_line_says_what_to_install() -> None:
-    program = "import sys; sys.modules['psycopg'] = None; import app"
+    program = "import sys; sys.modules['psycopg'] = None; from app import app"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=PROJECT,
@@ -730,7 +745,7 @@ def test_without_psycopg_one_line_says_what_to_install() -> None:
     )
     assert done.returncode == 4
     assert len(done.stderr.splitlines()) == 1
-    assert "pip install -r backends/requirements.txt" in done.stderr
+    assert "pip install -r postgres/requirements.txt" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["init-db", "audit"])

@@ -15,6 +15,7 @@ import requests
 from postgres_cluster import PASSWORD, Cluster, reason_to_skip
 from service import PROJECT, Service, purchase_request, run_to_end, send_at_once
 
+import app as service_app
 import db
 
 if SKIPPED := reason_to_skip():
@@ -86,7 +87,7 @@ def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
 
 
 def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None:
-    store = db.open_store(url, "Concert", 5, 5.0)
+    store = service_app.open_store(url, "Concert", 5, 5.0)
     store.create()
     store.buy("alice")
     command = (
@@ -169,7 +170,7 @@ def test_idle_workers_find_a_restarted_server_with_no_sale_lost(
 def test_a_lost_standby_makes_sales_unknown_and_holds_no_worker(
     service: Service, cluster: Cluster, url: str
 ) -> None:
-    store = db.open_store(url, "", 0, lock_timeout_s=0.5)
+    store = service_app.open_store(url, "", 0, 0.5)
     cluster.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
     cluster.reload()
     try:
@@ -198,7 +199,7 @@ def wait_until(cluster: Cluster, query: str, wanted: str) -> None:
 
 def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> None:
     file = tmp_path / "inventory.db"
-    before = db.open_store(f"sqlite:///{file}", "Zoë's show", 10, 5.0)
+    before = service_app.open_store(f"sqlite:///{file}", "Zoë's show", 10, 5.0)
     before.create()
     first = before.buy("alice", "key-1")
     before.buy("tab\tquote'back\\slash", None)
@@ -213,7 +214,7 @@ def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> N
 
     moved = run_move(file, url)
     assert (moved.stdout, moved.stderr) == ("Moved: 3 purchases, 7 of 10 units left\n", "")
-    after = db.open_store(url, "", 0, 5.0)
+    after = service_app.open_store(url, "", 0, 5.0)
     after.create()
     assert after.audit() == numbers == (10, 7, 3)
     assert after.inventory()[:5] == (1, "Zoë's show", 7, 10, 3)
@@ -235,7 +236,7 @@ def test_a_sale_moves_from_sqlite_with_everything(tmp_path: Path, url: str) -> N
 
 def test_a_sale_does_not_move_while_its_service_sells(tmp_path: Path, url: str) -> None:
     file = tmp_path / "inventory.db"
-    store = db.open_store(f"sqlite:///{file}", "Concert", 10, 5.0)
+    store = service_app.open_store(f"sqlite:///{file}", "Concert", 10, 5.0)
     store.create()
     held = sqlite3.connect(file, isolation_level=None)
     held.execute("BEGIN IMMEDIATE")
@@ -247,7 +248,7 @@ def test_a_sale_does_not_move_while_its_service_sells(tmp_path: Path, url: str) 
 
 
 def run_move(file: Path, url: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "backends.move_from_sqlite", str(file), url]
+    command = [sys.executable, "-m", "postgres.move_from_sqlite", str(file), url]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
 
 

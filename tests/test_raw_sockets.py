@@ -1,6 +1,6 @@
 """Bytes that no HTTP library sends: refused in JSON or hung up on, and never a sale too many.
 
-One worker, so connections are served one after another: what is asked next sees what the last one did.
+One worker serves one connection after another: each request sees what the last one did.
 """
 
 import json
@@ -36,7 +36,10 @@ def message(line: bytes, *headers: bytes, body: bytes = BODY, length: bytes | No
 
 
 def exchange(port: int, raw: bytes, half_close: bool = False) -> bytes:
-    """Send all of it, then read until the service hangs up; half-closed, it sees that nothing more comes."""
+    """Send all of it, then read until the service hangs up.
+
+    When half-closed, the service sees that nothing more comes.
+    """
     received = bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_LIMIT_S) as client:
         client.sendall(raw)
@@ -144,10 +147,11 @@ REFUSED = {
     "a header without a name": (message(BUY, b": a"), 400),
     "a header without a colon": (message(BUY, b"X-Alone"), 400),
     "a header in UTF-8": (message(BUY, "Idempotency-Key: schlüssel".encode()), 400),
-    "contradicting schemes": (
-        message(BUY, b"X-Forwarded-Proto: https", b"X-Forwarded-Ssl: off"),
-        400,
-    ),
+    "HTTP/1.1 without a Host": (message(BUY).replace(b"Host: test\r\n", b""), 400),
+    "a query": (message(b"POST /buy_ticket?customer_id=bob HTTP/1.1"), 400),
+    "an empty segment first": (message(b"POST //buy_ticket HTTP/1.1"), 404),
+    "X-Idempotency-Key": (message(BUY, b"X-Idempotency-Key: k"), 400),
+    "another site's Origin": (message(BUY, b"Origin: http://evil.test"), 403),
     "Expect: something": (message(BUY, b"Expect: 200-ok"), 417),
     "Transfer-Encoding after Content-Length": (message(BUY, CHUNKED, body=b"0\r\n\r\n"), 400),
     "Transfer-Encoding before Content-Length": (
@@ -286,8 +290,27 @@ SMUGGLED = message(BUY, body=b'{"customer_id": "smuggled"}')
 SOLD_ONCE = {
     "a body that was announced": message(BUY, b"Expect: 100-continue"),
     "an absolute target": message(b"POST http://elsewhere.test/buy_ticket HTTP/1.1"),
-    "a query": message(b"POST /buy_ticket?customer_id=bob HTTP/1.1"),
+    "an empty query": message(b"POST /buy_ticket? HTTP/1.1"),
     "HTTP/1.0": message(b"POST /buy_ticket HTTP/1.0"),
+    "HTTP/1.0 without a Host": message(b"POST /buy_ticket HTTP/1.0").replace(b"Host", b"No-Host"),
+    "a Host of another name": message(BUY).replace(b"Host: test", b"Host: 10.1.2.3:99"),
+    "a key with an underscore": message(BUY, b"Idempotency_Key: dropped"),
+    "schemes that contradict": message(BUY, b"X-Forwarded-Proto: http", b"X-Forwarded-Ssl: on"),
+    "all that proxies add": message(
+        BUY,
+        b"X-Forwarded-Proto: https, http",
+        b"X-Forwarded-Protocol: ssl",
+        b"X-Forwarded-Ssl: off",
+        b"Front-End-Https: on",
+        b"X-Forwarded-For: unknown, 10.0.0.1, ,",
+        b"X-Forwarded-Host: evil.test",
+        b"X-Forwarded-Port: http",
+        b"X-Forwarded-Prefix: /x",
+        b"Forwarded: for=_hidden;proto=ftp",
+        b"Via: 1.1 a, 1.0 b",
+        b"X-Real-IP: nobody",
+        b"CF-Visitor: {}",
+    ),
     "HTTP/1.0 that asks to stay": message(b"POST /buy_ticket HTTP/1.0", b"Connection: keep-alive"),
     "an empty line first": b"\r\n" + message(BUY),
     "a wish for HTTP/2": message(BUY, b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c"),

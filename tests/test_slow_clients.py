@@ -1,4 +1,7 @@
-"""Clients that send half a request and stay, and all else that deploy/nginx.conf keeps from the service."""
+"""deploy/nginx.conf keeps clients that send half a request and stay from the service.
+
+All else that it keeps away is tested here too.
+"""
 
 import shutil
 import signal
@@ -30,7 +33,7 @@ PURCHASES = 40  # of each measurement
 
 
 def render(folder: Path, port: int, upstreams: list[int]) -> Path:
-    """deploy/nginx.conf with another port and other places; whatever else is in it is what is tested."""
+    """Write deploy/nginx.conf with another port and other places; all else in it is tested."""
     text = (PROJECT / "deploy" / "nginx.conf").read_text()
     servers = " ".join(f"server 127.0.0.1:{upstream} max_fails=0;" for upstream in upstreams)
     temporary = "".join(
@@ -91,7 +94,10 @@ def get(path: str) -> bytes:
 
 
 def post(path: str, body: bytes = b"", headers: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+        "Content-Type: application/json\r\n"
+    )
     return f"{head}{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
