@@ -105,6 +105,7 @@ class SQLiteStore:
         try:
             with self.faults, self.file.reader() as reader:
                 with self._transaction() as connection:
+                    setup.has_our_tables(connection)
                     connection.execute(FIND_INVENTORY).fetchone()
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
@@ -272,7 +273,7 @@ class StoreErrors:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if isinstance(error, sqlite3.IntegrityError):
+        if isinstance(error, sqlite3.IntegrityError) and not setup.is_moved(error):
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error
