@@ -207,9 +207,9 @@ def test_a_sale_is_one_round_trip_and_so_is_a_refusal(
 
     names = {postgres.store.SELL: "sell", postgres.store.LOOK: "look"}
 
-    def remember(connection: Any, deadline: float, *transactions: Any) -> Any:
+    def remember(connection: Any, deadline: float, *transactions: Any, **how: Any) -> Any:
         asked.append(" ".join(names.get(text, "other") for text, _ in transactions[0]))
-        return ask(connection, deadline, *transactions)
+        return ask(connection, deadline, *transactions, **how)
 
     monkeypatch.setattr(postgres.connections.Connection, "ask", remember)
     for _ in range(5):

@@ -254,9 +254,7 @@ def test_a_sequence_that_lags_behind_the_ids_is_told_and_sells_no_unit(
         database,
     )
     for action in (store.check, lambda: open_store(url)):
-        with pytest.raises(
-            db.Unavailable, match=r"ids up to 20000 .* is 1: run SELECT setval"
-        ):
+        with pytest.raises(db.Unavailable, match=r"ids up to 20000 .* is 1: run SELECT setval"):
             action()
     for key in (None, "key-1"):
         assert type(refused(lambda key=key: store.buy("alice", key))) is db.Unavailable
