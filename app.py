@@ -24,8 +24,13 @@ from werkzeug.exceptions import HTTPException
 import db
 from serving import buyers, json_bodies
 from serving.config import MAX_STOCK, ConfigError, read_config
-from serving.headers import may_reset, with_security_headers
-from serving.json_bodies import json_object_of
+from serving.headers import (
+    idempotency_key_of,
+    may_reset,
+    require_plain_request,
+    with_security_headers,
+)
+from serving.json_bodies import member_of
 from serving.metrics import PROMETHEUS_TYPE, prometheus_text
 from serving.starting import cannot_start, require_own_settings
 
@@ -34,7 +39,6 @@ OPENAPI = Path(__file__).resolve().with_name("serving") / "openapi.json"
 
 MAX_DISCARDED_BYTES = 8 * 1024 * 1024  # of a refused body; see answer_http_error
 CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
-IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 log = logging.getLogger(__name__)
 Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same seven verbs
@@ -44,8 +48,11 @@ Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same seven ve
 
 
 def buy_ticket(store: Store, request: Request) -> ResponseReturnValue:
-    buyer_is_there = functools.partial(buyers.is_there, request.environ)
-    purchase = store.buy(customer_id_of(request), idempotency_key_of(request), buyer_is_there)
+    purchase = store.buy(
+        customer_id_of(request),
+        idempotency_key_of(request.environ),
+        functools.partial(buyers.is_there, request.environ),
+    )
     body = {
         "success": True,
         "message": "Purchase successful",
@@ -64,7 +71,9 @@ def reset(store: Store, request: Request) -> ResponseReturnValue:
     config = current_app.config
     if not may_reset(config["ALLOW_RESET"], request.environ):
         abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
-    stock = json_object_of(request).get("stock", config["INITIAL_STOCK"])
+    stock = member_of(request, "stock", config["INITIAL_STOCK"])
+    if isinstance(stock, float) and stock.is_integer():  # 7.0 is an integer to JSON Schema
+        stock = int(stock)
     if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
         abort(
             400,
@@ -129,19 +138,12 @@ ROUTES: dict[str, tuple[Callable[[Store, Request], ResponseReturnValue], str]] =
 
 
 def customer_id_of(request: Request) -> str:
-    customer_id = json_object_of(request).get("customer_id", "guest")
+    customer_id = member_of(request, "customer_id", "guest")
     if not isinstance(customer_id, str) or not CUSTOMER_ID.fullmatch(customer_id):
         abort(
             400, "customer_id has to be a string of 1 to 128 characters without control characters."
         )
     return customer_id
-
-
-def idempotency_key_of(request: Request) -> str | None:
-    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
-    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
-        abort(400, "Idempotency-Key has to be 1 to 255 visible ASCII characters, without spaces.")
-    return key
 
 
 # ---- What is answered
@@ -159,6 +161,7 @@ STATUS_BY_ERROR = {
     db.Busy: 503,
     db.BuyerGone: 503,
     db.Unavailable: 503,
+    db.RestartNeeded: 503,
 }
 
 
@@ -214,7 +217,7 @@ STORE_SETTINGS = ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "DB_POOL_SIZE", 
 
 
 def open_store(url: str, *settings: Any) -> Store:
-    """The store that `url` names, with STORE_SETTINGS; nothing is opened yet. Raises ConfigError."""
+    """The store that `url` names, by STORE_SETTINGS. It opens nothing yet. Raises ConfigError."""
     if url.startswith(("postgresql://", "postgres://")):
         try:
             from postgres.store import PostgresStore
@@ -262,7 +265,13 @@ def on_store(
     view: Callable[[Store, Request], ResponseReturnValue], store: Store
 ) -> Callable[[], ResponseReturnValue]:
     """The view with the request itself: a look through Flask's proxy costs as much as a SELECT."""
-    return lambda: view(store, request_proxy._get_current_object())  # type: ignore[attr-defined]
+
+    def answer() -> ResponseReturnValue:
+        request = request_proxy._get_current_object()  # type: ignore[attr-defined]
+        require_plain_request(request.environ)
+        return view(store, request)
+
+    return answer
 
 
 def add_commands(app: Flask, store: Store) -> None:
@@ -293,7 +302,7 @@ def one_line_for_a_failure() -> Iterator[None]:
         cannot_start(error)
 
 
-def start() -> Flask:
+def app_or_exit() -> Flask:
     """The app that this process serves."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s"
@@ -307,7 +316,7 @@ def __getattr__(name: str) -> Flask:
     """`app`, made when gunicorn or flask asks for it: a mere `import app` opens nothing."""
     if name != "app":
         raise AttributeError(name)
-    globals()[name] = start()
+    globals()[name] = app_or_exit()
     return cast(Flask, globals()[name])
 
 

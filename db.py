@@ -7,21 +7,22 @@ process decides a sale, so any number of threads and processes may use the same 
 
 from __future__ import annotations
 
-import random
-import sqlite3
-import time
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlite import setup
-from sqlite.wal import SET_SYNCHRONOUS, FlushError, WalDatabase
+from sqlite.engine import ORIGIN, primary_code, sqlite3
+from sqlite.locks import LockTimeoutError, retry_while_locked
+from sqlite.wal import SET_SYNCHRONOUS, FlushError, StoppedError, WalDatabase, WalReader
 
-RETRY_SLEEP_MIN_S = 0.0005
-RETRY_SLEEP_MAX_S = 0.005
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
+CHECKPOINT_PATIENCE_S = 0.1  # for the write lock, which the sale before it had an instant ago
+
+log = logging.getLogger(__name__)
 
 
 class SQLiteStore:
@@ -51,28 +52,45 @@ class SQLiteStore:
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
         with self.faults, self.file.reader() as reader:
-            # Without the lock first: stock rises only by reset, so a committed 0 is the truth now.
-            purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
-            if purchase is None:
-                _require_buyer(idempotency_key, buyer_is_there)
-                with self._transaction() as connection:
-                    _require_buyer(idempotency_key, buyer_is_there)  # the wait may have been long
-                    reader.require_same_wal()
-                    purchase = _sell(connection, customer_id, idempotency_key)
+            self.file.require_running()
+            try:
+                purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
+            except (SoldOut, KeyReused):
+                self.file.confirm(reader)  # the sales that it rests on may not be on disk yet
+                raise
             self.file.flush(reader)  # a replay too: its first answer may have died before the flush
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
-            self.file.checkpoint()
+            self._checkpoint()
         return purchase
+
+    def _find_or_sell(
+        self,
+        reader: WalReader,
+        customer_id: str,
+        idempotency_key: str | None,
+        buyer_is_there: Callable[[], bool] | None,
+    ) -> Purchase:
+        # Without the lock first: nearly every request of a flash sale ends here.
+        purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
+        if purchase is not None:
+            reader.require_same_files()
+            return purchase
+        _require_buyer(idempotency_key, buyer_is_there)
+        with self._transaction() as connection:
+            _require_buyer(idempotency_key, buyer_is_there)  # the wait may have been long
+            reader.require_same_files()
+            return _sell(connection, customer_id, idempotency_key)
 
     @contextmanager
     def _transaction(self, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own."""
         timeout_s = self.lock_timeout_s if timeout_s is None else timeout_s
-        connection = self.file.connect(patience_s=0)  # SQLite's own waiting lets newcomers overtake
+        connection = self.file.connect(patience_s=0)
         try:
-            _retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            self.file.require_running()  # the wait may have been long
             yield connection
-            _commit(connection)
+            self.file.commit(connection)
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -82,20 +100,21 @@ class SQLiteStore:
 
     def inventory(self) -> Inventory:
         with self.faults, self.file.reader() as reader:
-            return Inventory(*reader.connection.execute(FIND_INVENTORY).fetchone())
+            return Inventory(*_row(reader.connection, FIND_INVENTORY))
 
     def audit(self) -> Audit:
         with self.faults, self.file.reader() as reader:
-            return Audit(*reader.connection.execute(COUNT_PURCHASES).fetchone())
+            return Audit(*_row(reader.connection, COUNT_PURCHASES))
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
         with self.faults, self.file.reader() as reader:
             with self._transaction() as connection:
+                _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
                 connection.execute(SET_STOCK, (stock, stock))
             self.file.flush(reader)
-        self.file.checkpoint()
+        self._checkpoint()
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a full disk can still be read.
@@ -106,13 +125,21 @@ class SQLiteStore:
             with self.faults, self.file.reader() as reader:
                 with self._transaction() as connection:
                     setup.has_our_tables(connection)
-                    connection.execute(FIND_INVENTORY).fetchone()
+                    _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
                 self.file.flush(reader)
         except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
             raise Unavailable(str(error)) from error
-        self.file.checkpoint()
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Without the write lock nothing is copied: the next one does it."""
+        try:
+            with self.faults, self._transaction(CHECKPOINT_PATIENCE_S):
+                self.file.checkpoint()
+        except StoreError as error:  # the sales before it are safe in the WAL
+            log.error("checkpoint of %s failed: %s", self.file.path, error)
 
     def create(self) -> None:
         """Make tables and first stock, if they aren't there; safe from many processes at once."""
@@ -121,25 +148,30 @@ class SQLiteStore:
             with closing(self.file.connect()) as connection:
                 is_ours = setup.has_our_tables(connection)
                 timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
-                mode = _retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
+                mode = retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
                 if mode.fetchone() != ("wal",):
                     raise OSError("this file system can't hold a WAL database")
                 if not is_ours:
                     self._create_tables(timeout_s)
-                if connection.execute(FIND_STOCK).fetchone() is None:
-                    raise OSError("the inventory table is empty")
+                _row(connection, FIND_STOCK)
+            self.file.checkpoint_if_alone()
 
     def _create_tables(self, timeout_s: float) -> None:
         with self._transaction(timeout_s) as connection:
             if not setup.has_our_tables(connection):  # else another process was first
                 setup.create_tables(connection, self.item_name, self.initial_stock)
 
+    @property
+    def stopped(self) -> str:
+        """Why this service sells nothing until a restart; "" while it sells."""
+        return self.file.stopped
+
     def close(self) -> None:
         """Close this process's standing connections."""
         self.file.close()
 
     def __str__(self) -> str:
-        return f"SQLite {sqlite3.sqlite_version}, {self.file.path}"
+        return f"{self.file.path}, by {ORIGIN} SQLite {sqlite3.sqlite_version}"
 
 
 def _look_up(
@@ -150,9 +182,9 @@ def _look_up(
     In one statement: between two the last unit may be sold to this key, or a reset may come.
     """
     if idempotency_key is None:
-        stock = connection.execute(FIND_STOCK).fetchone()[0]
+        (stock,) = _row(connection, FIND_STOCK)
     else:
-        row = connection.execute(FIND_STOCK_AND_KEY, (idempotency_key,)).fetchone()
+        row = _row(connection, FIND_STOCK_AND_KEY, idempotency_key)
         stock, purchase_id, remaining_stock, owner = row
         if purchase_id is not None:
             if owner != customer_id:
@@ -180,40 +212,11 @@ def _sell(
     return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
 
 
-def _retry_while_locked(
-    connection: sqlite3.Connection, lock_timeout_s: float, *statements: str
-) -> sqlite3.Cursor:
-    """Execute statements, the last of which takes a lock; again while it is held, or raise Busy.
-
-    The sleeps are random and short, so no waiter has an advantage and the lock isn't free for long.
-    """
-    started = time.monotonic()
-    sleep_max_s = RETRY_SLEEP_MIN_S
-    while True:
-        try:
-            for statement in statements:
-                cursor = connection.execute(statement)
-            return cursor
-        except sqlite3.OperationalError as error:
-            if (
-                error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
-            ):  # the low byte: without SQLite's details
-                raise
-        waited_s = time.monotonic() - started
-        if waited_s >= lock_timeout_s:
-            raise Busy(waited_s)
-        time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))  # noqa: S311
-        sleep_max_s = min(sleep_max_s * 1.5, RETRY_SLEEP_MAX_S)
-
-
-def _commit(connection: sqlite3.Connection) -> None:
-    try:
-        connection.execute("COMMIT")
-    except sqlite3.Error as error:
-        # The kernel took no page (no room, a limit): without it there is no transaction.
-        if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
-            raise
-        raise OutcomeUnknown(f"COMMIT failed: {error}") from error
+def _row(connection: sqlite3.Connection, statement: str, *parameters: object) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = connection.execute(statement, parameters).fetchone()
+    if row is None:
+        raise OSError("the inventory table is empty")
+    return row
 
 
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
@@ -271,9 +274,15 @@ class StoreErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, LockTimeoutError):
+            raise Busy(error.waited_s) from error
+        if isinstance(error, StoppedError):
+            raise RestartNeeded(f"{self.path}: {error}") from error
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if isinstance(error, sqlite3.IntegrityError) and not setup.is_moved(error):
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT and not setup.is_moved(error):
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error
@@ -313,6 +322,12 @@ class BuyerGone(StoreError):
 
 class Unavailable(StoreError):
     message = f"Purchases are not possible at the moment, this attempt sold nothing - {WITH_A_KEY}"
+
+
+class RestartNeeded(Unavailable):
+    message = (
+        f"Purchases are not possible until a restart, this attempt sold nothing - {WITH_A_KEY}"
+    )
 
 
 class OutcomeUnknown(StoreError):

@@ -24,6 +24,7 @@ backlog = 2048  # the buyers of the first moment wait here; net.core.somaxconn c
 timeout = 30 + math.ceil(variables["LOCK_TIMEOUT"])  # above every wait for the write lock
 graceful_timeout = draining.DRAIN_LIMIT_S + timeout  # the last of the backlog may wait for the lock
 control_socket_disable = True
+secure_scheme_headers: dict[str, str] = {}  # what an outer proxy says of TLS may stop no sale
 forwarder_headers = ""  # a client's header SCRIPT_NAME must not change where a request goes
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # no query string, no body
 
@@ -43,6 +44,10 @@ def when_ready(server: Any) -> None:
 
 
 def pre_exec(server: Any) -> None:
+    from app import app
+
+    if stopped := getattr(app.extensions["store"], "stopped", ""):  # a new master wouldn't know
+        cannot_start(stopped)
     draining.before_upgrade(server)
 
 

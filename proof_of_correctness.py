@@ -28,9 +28,9 @@ try:
 
     from proof.api import Api, CannotJudge
     from proof.buyers import Crowd, hold_sale
-    from proof.checker import Violation, check
-    from proof.history import History
-    from proof.limits import require_open_files, time_limit
+    from proof.checker import find_violations
+    from proof.history import History, Reading
+    from proof.limits import require_open_files, stop_once, time_limit
     from proof.options import Options, with_options
     from proof.orders import KEYED_THREADS, keyed_orders, repeating_rows, single_orders
     from proof.report import write_files
@@ -41,6 +41,7 @@ try:
         SKIPPED,
         Result,
         equalities,
+        in_one_line,
         print_result,
         sales_in,
         statistics_line,
@@ -98,31 +99,29 @@ def negative_control(shop: Api) -> Test:
 
 
 def basic_concurrency(setting: Setting) -> Test:
-    few = min(setting.options.stock, setting.options.buyers)
+    stock = setting.options.stock
+    few = min(stock, setting.options.buyers)
     crowd = Crowd(setting.api.url, 0, single_orders(few), progress_every=100)
-    title = f"BASIC CONCURRENCY ({few} buyers, {setting.options.stock} tickets)"
-    return title, sales(setting.api, setting.options.stock, [crowd])
+    title = f"BASIC CONCURRENCY ({few} buyers, {stock} tickets)"
+    return title, sales(setting.api, stock, [crowd])
 
 
 def overselling_prevention(setting: Setting) -> Test:
-    crowd = Crowd(setting.api.url, 0, single_orders(setting.options.buyers), progress_every=100)
-    title = (
-        f"OVERSELLING PREVENTION ({setting.options.buyers} buyers, {setting.options.stock} tickets)"
-    )
-    return title, sales(setting.api, setting.options.stock, [crowd])
+    stock, buyers = setting.options.stock, setting.options.buyers
+    crowd = Crowd(setting.api.url, 0, single_orders(buyers), progress_every=100)
+    title = f"OVERSELLING PREVENTION ({buyers} buyers, {stock} tickets)"
+    return title, sales(setting.api, stock, [crowd])
 
 
 def multiple_processes(setting: Setting) -> Test:
-    processes, each = (
-        setting.options.processes,
-        max(1, setting.options.buyers // setting.options.processes),
-    )
+    stock, processes = setting.options.stock, setting.options.processes
+    each = max(1, setting.options.buyers // processes)
     crowds = [
         Crowd(setting.api.url, process, single_orders(each, f"_of_process_{process}"))
         for process in range(processes)
     ]
-    title = f"{processes} processes, {each} attempts each, {setting.options.stock} tickets"
-    return f"MULTIPLE PROCESSES ({title})", sales(setting.api, setting.options.stock, crowds)
+    title = f"MULTIPLE PROCESSES ({processes} processes, {each} attempts each, {stock} tickets)"
+    return title, sales(setting.api, stock, crowds)
 
 
 def retries(setting: Setting) -> Test:
@@ -151,18 +150,20 @@ def crash_sales(api: Api, server: OwnServer, chance: random.Random) -> Iterator[
     landed = 0
     kills: list[float] = []
 
-    def kill_workers(over: threading.Event) -> None:
+    def kill_workers(over: threading.Event, readings: Sequence[Reading]) -> None:
         kills.clear()
         while len(kills) < KILLS_NEEDED and not over.wait(chance.uniform(*KILL_PAUSE_S)):
-            with suppress(IndexError, ProcessLookupError):  # none is busy, or it just ended
-                os.kill(chance.choice(server.busy_workers()), signal.SIGKILL)
-                kills.append(time.monotonic())
+            if readings and 0 < readings[-1].stock < CRASH_STOCK:
+                with suppress(IndexError, ProcessLookupError):  # none is busy, or it just ended
+                    os.kill(chance.choice(server.busy_workers()), signal.SIGKILL)
+                    kills.append(time.monotonic())
 
     for number in range(CRASH_SALES_MAX):
         rows = keyed_orders(f"crash-{number}", CRASH_BUYERS, KEYED_THREADS)
-        crowd = [Crowd(api.url, 0, rows)]
+        # The buyers have processes of their own, so that the one who kills isn't slowed by them.
+        crowds = [Crowd(api.url, process, rows[process::2]) for process in range(2)]
         history = hold_sale(
-            api, CRASH_STOCK, crowd, crowd, meanwhile=kill_workers, between=server.restart
+            api, CRASH_STOCK, crowds, crowds, meanwhile=kill_workers, between=server.restart
         )
         history.kills = [kill for kill in kills if history.is_selling_at(kill)]
         landed += len(history.kills)
@@ -218,14 +219,6 @@ def judge(number: int, title: str, sales_of_test: Iterator[History] | None) -> R
     return result
 
 
-def find_violations(histories: Iterable[History]) -> list[Violation]:
-    return [
-        violation
-        for h in histories
-        for violation in check(h.initial_stock, h.attempts, h.readings, h.audit, h.cache_age_s)
-    ]
-
-
 def kills_in(histories: Iterable[History]) -> tuple[bool, str]:
     kills = sum(len(h.kills) for h in histories)
     line = f"{kills} workers killed in mid-sale ({KILLS_NEEDED} needed), the service restarted"
@@ -250,9 +243,7 @@ def verdict(results: Sequence[Result], numbers: Sequence[int], reason: str) -> t
 # ---- The command
 
 
-@click.command(
-    help="Proves that a service sells each unit exactly once, or shows where it doesn't."
-)
+@click.command(help="Proves that a service sells each unit once, or shows where it doesn't.")
 @with_options
 def command(options: Options) -> int:
     """The exit status."""
@@ -294,16 +285,9 @@ def conclude(options: Options, results: Sequence[Result], reason: str) -> int:
     return status
 
 
-def in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, CannotJudge) else f"{type(error).__name__}: {text}"
-
-
 def main() -> int:
     """By itself click ends with 1 at Ctrl-C and at a closed pipe. Here 1 is a violation."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    stop_once()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every console can show a check mark
     try:

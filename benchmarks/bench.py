@@ -115,8 +115,8 @@ def measure_against(report: Report, options: argparse.Namespace) -> None:
     runs = _under_load(report, options, chain.from_iterable(pairs))
     for pair in pairs:
         report.add({one.name: runs[one.name] for one in pair})
-        ratios = sorted(report.results[-1].ratios())
-        report.facts[f"{pair[1].name}, each round"] = ", ".join(f"{one:.3f}" for one in ratios)
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in sorted(report.results[-1].ratios()))
+        report.facts[f"{pair[1].name}, ratios of the rounds"] = ratios
 
 
 GROUPS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
@@ -176,9 +176,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def checkout(text: str) -> Path:
-    if not (Path(text) / "app.py").is_file():
-        raise argparse.ArgumentTypeError(f"there is no app.py in {text!r}")
+def folder_with(text: str, file: str = "") -> Path:
+    if not (Path(text) / file).exists():
+        raise argparse.ArgumentTypeError(f"there is no {Path(text) / file}")
     return Path(text).resolve()
 
 
@@ -188,7 +188,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     several, what = partial(one, nargs="+"), parser.add_mutually_exclusive_group().add_argument
     what("--groups", nargs="+", choices=GROUPS, default=DEFAULT_GROUPS)
     what("--all", dest="groups", action="store_const", const=GROUPS, help="about ten minutes")
-    what("--against", type=checkout, help="a folder: compare with the service in it")
+    checkout = partial(folder_with, file="app.py")
+    what("--against", type=checkout, metavar="FOLDER", help="compare with the service in it")
     several("--subjects", choices=[*SUBJECTS, RAW], default=[*SUBJECTS, RAW], help="of load")
     several("--postgresql", metavar="URL", help="there too, it is emptied; a second for --against")
     number("--rounds", default=3)
@@ -198,7 +199,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     number("--bursts", nargs="+", default=[1_000, 10_000], help="connections at once")
     number("--purchases", default=100_000, help="of the group long, at least")
     number("--slice", default=20, help="seconds between audits of the group long")
-    one("--folder", type=Path, help="where the databases are put; default: the temporary folder")
+    one("--folder", type=folder_with, help="for the databases; default: the temporary folder")
     one("--json", type=Path, metavar="FILE", help="all figures, of each round")
     return parser.parse_args(arguments)
 

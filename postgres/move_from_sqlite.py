@@ -5,7 +5,6 @@ stops a service which still runs on it. A failure takes the mark off; in doubt i
 sells.
 """
 
-import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,11 @@ import psycopg
 import db
 from postgres.connections import place
 from postgres.store import PostgresStore
+from sqlite.engine import sqlite3
 from sqlite.setup import MOVED, has_our_tables
+from sqlite.wal import WalDatabase
+
+LOCK_TIMEOUT_S = 5.0  # for either database
 
 MARK = f"""CREATE TRIGGER {MOVED} BEFORE INSERT ON purchases BEGIN
     SELECT RAISE(ABORT, 'this sale was moved to PostgreSQL, %s'); END"""
@@ -34,9 +37,8 @@ GO_ON_COUNTING = "SELECT setval(pg_get_serial_sequence('purchases', 'purchase_id
 
 def move(path: Path, url: str) -> db.Audit:
     """What was moved, as PostgreSQL counts it. After OutcomeUnknown the source stays marked."""
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as source:
-        source.isolation_level = None
-        source.execute("PRAGMA wal_autocheckpoint = 0")
+    with closing(WalDatabase(path.resolve()).connect(patience_s=LOCK_TIMEOUT_S)) as source:
+        source.execute("PRAGMA synchronous = FULL")
         source.execute("BEGIN IMMEDIATE")
         has_our_tables(source)
         source.execute(MARK % place(url).replace("'", "''"))
@@ -52,7 +54,7 @@ def move(path: Path, url: str) -> db.Audit:
 
 def _copy(source: sqlite3.Connection, url: str) -> db.Audit:
     item_name, stock, initial_stock, last_updated = source.execute(READ).fetchone()
-    store = PostgresStore(url, item_name, initial_stock, lock_timeout_s=5.0)
+    store = PostgresStore(url, item_name, initial_stock, LOCK_TIMEOUT_S)
     store.create()
     with closing(psycopg.connect(url, client_encoding="utf8")) as target:  # one transaction
         target.execute("SELECT FROM inventory FOR UPDATE")

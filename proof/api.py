@@ -45,18 +45,30 @@ def connection_to(url: str) -> http.client.HTTPConnection:
     return kind(parts.netloc, timeout=REQUEST_TIMEOUT_S)
 
 
-def exchange(
-    connection: http.client.HTTPConnection,
-    method: str,
-    url: str,
-    body: str | None,
-    headers: dict[str, str],
-) -> Answer:
-    """One request and its answer. The connection is kept open, if the server keeps it open."""
+def exchange(connection: http.client.HTTPConnection, method: str, url: str) -> Answer:
+    connection.putrequest(method, urlsplit(url).path)
+    return complete(connection, b"")
+
+
+def prepare_purchase(
+    connection: http.client.HTTPConnection, url: str, customer: str, key: str | None
+) -> bytes:
+    """What of a request can be made before its moment. Returns the body that is to be sent."""
+    body = json.dumps({"customer_id": customer}).encode()
+    connection.putrequest("POST", urlsplit(url).path + "/buy_ticket")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(body)))
+    if key:
+        connection.putheader("Idempotency-Key", key)
+    return body
+
+
+def complete(connection: http.client.HTTPConnection, body: bytes) -> Answer:
+    """Sends a request and reads its answer. The connection stays open, if the server keeps it."""
     status, text, wait = LOST, "", ""
     start = time.monotonic()
     try:
-        connection.request(method, urlsplit(url).path, body, headers)
+        connection.endheaders(body)
         response = connection.getresponse()
         text = response.read().decode(errors="replace")
         status, wait = response.status, response.getheader("Retry-After", "")
@@ -69,14 +81,6 @@ def exchange(
         connection.close()
     retry_after_s = min(float(wait), RETRY_AFTER_MAX_S) if wait.isdigit() else RETRY_SLEEP_S
     return Answer(start, end, status, json_object(text), text, retry_after_s)
-
-
-def send_purchase(
-    connection: http.client.HTTPConnection, url: str, customer: str, key: str | None
-) -> Answer:
-    headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
-    body = json.dumps({"customer_id": customer})
-    return exchange(connection, "POST", url + "/buy_ticket", body, headers)
 
 
 def json_object(text: str) -> Body:
@@ -130,7 +134,8 @@ class Api(NamedTuple):
         deadline = time.monotonic() + CALL_TIMEOUT_S
         with closing(connection_to(self.url)) as connection:
             while True:
-                answer = send_purchase(connection, self.url, "customer_0", None)
+                body = prepare_purchase(connection, self.url, "customer_0", None)
+                answer = complete(connection, body)
                 if answer.status != BUSY or time.monotonic() > deadline:
                     return answer
                 connection.close()
@@ -150,7 +155,7 @@ class Api(NamedTuple):
         call = "GET /inventory"
         with ExitStack() as undo:
             way = connection or undo.enter_context(closing(connection_to(self.url)))
-            answer = exchange(way, "GET", self.url + "/inventory", None, {})
+            answer = exchange(way, "GET", self.url + "/inventory")
         if answer.status != SOLD:
             return []
         names = ("current_stock", "initial_stock", "total_purchases")

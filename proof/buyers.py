@@ -16,8 +16,9 @@ from proof.api import (
     TOO_LATE,
     Api,
     CannotJudge,
+    complete,
     connection_to,
-    send_purchase,
+    prepare_purchase,
     whole_number,
 )
 from proof.history import BUSY, LIMITED, LOST, Attempt, History, Reading
@@ -44,7 +45,7 @@ def hold_sale(
     api: Api,
     stock: int,
     *waves: Sequence[Crowd],
-    meanwhile: Callable[[threading.Event], None] | None = None,
+    meanwhile: Callable[[threading.Event, Sequence[Reading]], None] | None = None,
     between: Callable[[], None] | None = None,
 ) -> History:
     """Reset, let wave after wave of crowds buy, read the stock meanwhile, count when all is over.
@@ -60,7 +61,7 @@ def hold_sale(
     print(f"Launching {len(orders)} concurrent purchase attempts...", flush=True)
     over, first_over = threading.Event(), threading.Event()
     readers = [Job(read_until, over, api, history.readings) for _ in range(READERS)]
-    beside = [Job(meanwhile, first_over)] if meanwhile else []
+    beside = [Job(meanwhile, first_over, history.readings)] if meanwhile else []
     try:
         for number, crowds in enumerate(waves):
             if number and between:
@@ -149,11 +150,13 @@ def run_crowd(crowd: Crowd) -> list[Attempt]:
         with closing(connection_to(crowd.url)) as connection:
             with suppress(OSError):  # then it connects when it buys
                 connection.connect()
+            prepared: bytes | None = prepare_purchase(connection, crowd.url, *crowd.rows[thread][0])
             gate.wait(BARRIER_TIMEOUT_S)
             time.sleep(max(0, moment[0] - time.monotonic()))
             for order in crowd.rows[thread]:
                 deadline = moment[0] + SALE_TIMEOUT_S
-                attempts += insist(crowd, thread, order, connection, deadline)
+                attempts += insist(crowd, thread, order, connection, deadline, prepared)
+                prepared = None
                 if crowd.progress_every and (done := next(served)) % crowd.progress_every == 0:
                     print(f"Progress: {done}/{len(crowd.rows)}\n", end="", flush=True)
         return attempts
@@ -174,6 +177,7 @@ def insist(
     order: Order,
     connection: http.client.HTTPConnection,
     deadline: float,
+    prepared: bytes | None = None,
 ) -> list[Attempt]:
     """Sends an order; again after a 503, and with a key also after a connection was lost.
 
@@ -181,7 +185,8 @@ def insist(
     """
     attempts: list[Attempt] = []
     while time.monotonic() < deadline:
-        attempt, wait_s = buy(crowd, thread, order, connection)
+        attempt, wait_s = buy(crowd, thread, order, connection, prepared)
+        prepared = None
         attempts.append(attempt)
         lost = attempt.status == LOST and order[1] is not None and attempt.note != TOO_LATE
         if not lost and attempt.status != BUSY:
@@ -194,11 +199,17 @@ def insist(
 
 
 def buy(
-    crowd: Crowd, thread: int, order: Order, connection: http.client.HTTPConnection
+    crowd: Crowd,
+    thread: int,
+    order: Order,
+    connection: http.client.HTTPConnection,
+    prepared: bytes | None = None,
 ) -> tuple[Attempt, float]:
     """One attempt, and the seconds to wait before another."""
     customer, key = order
-    answer = send_purchase(connection, crowd.url, customer, key)
+    if prepared is None:
+        prepared = prepare_purchase(connection, crowd.url, customer, key)
+    answer = complete(connection, prepared)
     left = whole_number(answer.body.get("remaining_stock"))
     number = whole_number(answer.body.get("purchase_id"))
     when = answer.start, answer.end

@@ -13,7 +13,7 @@ from itertools import accumulate
 from math import inf
 from typing import NamedTuple
 
-from proof.history import SOLD_OUT, Attempt, Audit, Purchase, Reading, by_purchase, earlier
+from proof.history import SOLD_OUT, Attempt, Audit, History, Purchase, Reading, by_purchase, earlier
 
 
 def check(
@@ -37,6 +37,14 @@ def check(
         *check_figures(initial_stock, readings, audit),
         *check_totals(initial_stock, purchases, audit),
         *check_order(initial_stock, purchases, seen),
+    ]
+
+
+def find_violations(histories: Iterable[History]) -> list[Violation]:
+    return [
+        violation
+        for h in histories
+        for violation in check(h.initial_stock, h.attempts, h.readings, h.audit, h.cache_age_s)
     ]
 
 

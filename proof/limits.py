@@ -7,7 +7,9 @@ from typing import NoReturn
 
 from proof.api import CannotJudge
 
-OPEN_FILES_MORE = 400  # than buyers: readers, and the naive shop of the negative control
+ENDING_S = 30  # for what is to be stopped then
+OPEN_FILES_MORE = 24  # than buyers
+OPEN_FILES_MIN = 400  # for the naive shop of the negative control
 
 
 @contextmanager
@@ -15,9 +17,9 @@ def time_limit(limit_s: float) -> Iterator[None]:
     """Says it, and raises CannotJudge when it is over, where the system has such an alarm."""
 
     def is_over(*_: object) -> NoReturn:
-        raise CannotJudge(f"not done within {limit_s} s: take fewer --buyers, or fewer --tests")
+        raise CannotJudge(f"not done within {limit_s:.0f} s: take fewer --buyers, or fewer --tests")
 
-    print(f"This ends within {limit_s} s, judged or not")
+    print(f"This ends within {limit_s + ENDING_S:.0f} s, judged or not")
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -33,10 +35,25 @@ def require_open_files(buyers: int) -> None:
     with suppress(ImportError):  # Windows knows no such limit
         import resource
 
-        wanted = buyers + OPEN_FILES_MORE
+        wanted = max(buyers + OPEN_FILES_MORE, OPEN_FILES_MIN)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and hard < wanted:
             advice = "raise it (ulimit -n) or take fewer --buyers"
             raise CannotJudge(f"{wanted} open files are needed, and the limit is {hard}: {advice}")
         if soft != resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def stop_once() -> None:
+    """The first signal interrupts; later ones don't disturb what has to be ended then."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+    def interrupt(*_: object) -> NoReturn:
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in heard:
+        signal.signal(number, interrupt)

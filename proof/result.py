@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import inf
 from typing import Any
 
+from proof.api import CannotJudge
 from proof.checker import Violation
 from proof.history import (
     BUSY,
@@ -151,7 +153,7 @@ def figures_of(result: Result) -> dict[str, Any]:
         "key_reused": outcomes["key-reused"],
         "busy": outcomes["busy"],
         "errors": outcomes["lost"] + outcomes["odd"],
-        **times_of(result.histories, attempts),
+        **times_of(attempts),
         "in_flight_max": max(in_flight_max(h.attempts) for h in result.histories),
         "readings": sum(len(h.readings) for h in result.histories),
         "rounds": len(result.histories),
@@ -159,13 +161,8 @@ def figures_of(result: Result) -> dict[str, Any]:
     }
 
 
-def times_of(histories: Iterable[History], attempts: Sequence[Attempt]) -> dict[str, float]:
-    spans = [
-        max(a.end for a in h.attempts) - min(a.start for a in h.attempts)
-        for h in histories
-        if h.attempts
-    ]
-    total_s = max(sum(spans), 1e-9)  # a clock may be coarse
+def times_of(attempts: Sequence[Attempt]) -> dict[str, float]:
+    total_s = max(busy_s(attempts), 1e-9)  # a clock may be coarse
     times_ms = sorted(1000 * (a.end - a.start) for a in attempts)
     return {
         "total_s": total_s,
@@ -176,6 +173,15 @@ def times_of(histories: Iterable[History], attempts: Sequence[Attempt]) -> dict[
         "p99_ms": times_ms[len(times_ms) * 99 // 100],
         "max_ms": times_ms[-1],
     }
+
+
+def busy_s(attempts: Iterable[Attempt]) -> float:
+    """Seconds in which something was in flight: not between sales, nor during a restart."""
+    total_s, until = 0.0, -inf
+    for a in sorted(attempts, key=lambda a: a.start):
+        total_s += max(0.0, a.end - max(a.start, until))
+        until = max(until, a.end)
+    return total_s
 
 
 def outcome(attempt: Attempt) -> str:
@@ -201,3 +207,8 @@ def statistics_line(sales: int) -> str:
         f"{sales:,} sales were judged. With {CONFIDENCE:.0%} confidence this excludes a fault"
         f" that hits one sale in {one_in:,.0f} or more often; a rarer one may have passed."
     )
+
+
+def in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CannotJudge) else f"{type(error).__name__}: {text}"

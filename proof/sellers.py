@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from proof import workers
 from proof.api import REQUEST_TIMEOUT_S, RETRY_SLEEP_S, Api, CannotJudge, NoAnswer
 from proof.history import SOLD, SOLD_OUT
 from proof.options import Options
@@ -29,7 +30,6 @@ LOCAL = ("127.0.0.1", 0)  # any free port
 # A variable that is set, even to nothing, isn't read from .env.
 OURS = ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "DB_POOL_SIZE", "DB_POOL_TIMEOUT")
 UNSET = ("SALE_STARTS_AT", "METRICS_PORT", "GUNICORN_CMD_ARGS")
-ESTABLISHED = "01"  # in /proc/net/tcp
 
 
 def choose_server(options: Options, undo: ExitStack) -> tuple[Api, OwnServer | None]:
@@ -112,18 +112,10 @@ class OwnServer:
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
     def has_workers(self) -> bool:
-        return self.process is not None and bool(descendants(self.process.pid))
+        return self.process is not None and bool(workers.descendants(self.process.pid))
 
     def busy_workers(self) -> list[int]:
-        """The processes that are answering somebody now.
-
-        These are the ones below the server's own that hold an accepted connection to its port.
-        A metrics process, or another child, may have inherited the listening socket, but no such.
-        """
-        if self.process is None:
-            return []
-        mine = connections_to(self.port)
-        return [pid for pid in descendants(self.process.pid) if mine & open_sockets(pid)]
+        return [] if self.process is None else workers.busy_workers(self.process.pid, self.port)
 
 
 def settings(folder: Path, port: int) -> dict[str, str]:
@@ -148,34 +140,6 @@ def own_server() -> Iterator[OwnServer]:
             yield server
         finally:
             server.stop()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes below this one; none where there is no /proc to tell."""
-    lists: list[str] = []
-    with suppress(OSError):  # it ended just now
-        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    children = [int(word) for word in " ".join(lists).split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
-def connections_to(port: int) -> set[str]:
-    """The established connections to this local port, as /proc/<pid>/fd names them."""
-    found = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, *rest = line.split()
-        if state == ESTABLISHED and int(local.partition(":")[2], 16) == port:
-            found.add(f"socket:[{rest[5]}]")
-    return found
-
-
-def open_sockets(pid: int) -> set[str]:
-    found = set()
-    with suppress(OSError):  # it ended just now
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                found.add(os.readlink(link))
-    return found
 
 
 class NaiveSeller(http.server.BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ def is_there(environ: dict[str, Any]) -> bool:
     if connection is None:
         return True
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except ConnectionError:
         return False
     except (OSError, ValueError):  # nothing to read, as it should be; or TLS, which can't peek

@@ -2,31 +2,34 @@
 
 import json
 import re
-from itertools import accumulate
 from typing import Any, NoReturn
 
 from flask import Request, abort
 
 MAX_BODY_BYTES = 16 * 1024
-MAX_NESTING = 100  # Python's own limit differs by version, and in some it is the end of the stack
-STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?'), re.compile(r"[][{}]")
+MAX_BRACKETS = 100  # Python's own limit of nesting differs by version, and can end the stack
+STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?'), re.compile(r"[\[{]")
+JSON_TYPE = "application/json"
+EXAMPLES = {"customer_id": '{"customer_id": "c1"}', "stock": '{"stock": 100}'}
 
 
-def json_object_of(request: Request) -> dict[str, Any]:
-    """The request's body, {} if there is none. Anything else is answered with 4xx."""
-    body = read_body(request)
+def member_of(request: Request, name: str, default: Any) -> Any:
+    """What the request's body says of `name`, the one member it may have. Refusals are 4xx."""
+    body, example = read_body(request), EXAMPLES[name]
     if not body:
-        return {}
-    json_type = "application/json"
-    if request.environ.get("CONTENT_TYPE") != json_type and request.mimetype != json_type:
+        return default
+    if request.environ.get("CONTENT_TYPE") != JSON_TYPE and request.mimetype != JSON_TYPE:
         abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
     try:
         value = decode(body)
     except ValueError:
-        abort(400, 'The body is not valid JSON in UTF-8 - send for example {"customer_id": "c1"}.')
+        abort(400, f"The body is not valid JSON in UTF-8 - send for example {example}.")
     if not isinstance(value, dict):
-        abort(400, 'The body has to be a JSON object - send for example {"customer_id": "c1"}.')
-    return value
+        abort(400, f"The body has to be a JSON object - send for example {example}.")
+    for unknown in (member for member in value if member != name):
+        example += " and the header Idempotency-Key" if name == "customer_id" else ""
+        abort(400, f"The member {unknown[:40]!a} means nothing here - send only {example}.")
+    return value.get(name, default)
 
 
 def read_body(request: Request) -> bytes:
@@ -51,12 +54,11 @@ def read_body(request: Request) -> bytes:
 
 
 def decode(body: bytes) -> Any:
-    """Raises ValueError for what isn't JSON, a number of 5,000 digits, or too deep nesting."""
+    """Raises ValueError for what isn't JSON, a number of 5,000 digits, or too many brackets."""
     text = body.decode()
-    if text.count("{") + text.count("[") > MAX_NESTING:  # brackets within strings don't nest
-        steps = (1 if bracket in "{[" else -1 for bracket in BRACKET.findall(STRING.sub("", text)))
-        if max(accumulate(steps), default=0) > MAX_NESTING:
-            raise ValueError("nested too deep")
+    brackets = text.count("{") + text.count("[")
+    if brackets > MAX_BRACKETS and len(BRACKET.findall(STRING.sub("", text))) > MAX_BRACKETS:
+        raise ValueError("too many brackets, outside strings")
     return DECODER.decode(text)
 
 

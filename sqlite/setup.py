@@ -1,13 +1,16 @@
 """What an SQLite file has to be before anything is sold from it. OSError says what to change."""
 
 import os
-import sqlite3
+import re
 from contextlib import suppress
 from pathlib import Path
+
+from sqlite.engine import sqlite3
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
 SCHEMA_VERSION = 1
+CONSTRAINT_TRIGGER = 1811  # an extended code that pysqlite3 has no name for
 MOVED = "moved"  # the trigger that stops the sale where it was moved to another database
 
 
@@ -20,6 +23,23 @@ def require_usable(path: Path) -> None:
     for place in (path, path.parent):
         if not may_write(place):
             raise OSError(why_not(place))
+    require_one_name(path)
+
+
+def require_one_name(path: Path) -> None:
+    """SQLite puts a WAL beside each name of a file: two of them would sell every unit twice."""
+    names = path.stat().st_nlink
+    if names > 1:
+        raise OSError(f"the file has {names} names (hard links) - keep one and remove the others")
+    with suppress(FileNotFoundError):  # Linux has it
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        if str(path) in {unescaped(line.split()[4]) for line in mounts.splitlines()}:
+            raise OSError("the file itself is a mount point - mount the folder that holds it")
+
+
+def unescaped(mount_point: str) -> str:
+    """Blanks and backslashes stand there as three octal digits (man 5 proc)."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), mount_point)
 
 
 def may_write(place: Path) -> bool:
@@ -60,9 +80,9 @@ def has_our_tables(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def is_moved(error: sqlite3.Error) -> bool:
+def is_moved(error: BaseException) -> bool:
     """Whether the trigger MOVED stopped a sale: the schema has no other."""
-    return error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_TRIGGER
+    return getattr(error, "sqlite_errorcode", 0) == CONSTRAINT_TRIGGER
 
 
 def create_tables(connection: sqlite3.Connection, item_name: str, stock: int) -> None:

@@ -1,31 +1,49 @@
 """An SQLite file in WAL mode: its connections, and what puts commits on disk. It knows no sale.
 
 A COMMIT here does not flush (synchronous = NORMAL). `flush` does, after the write lock is free, so
-the flushes of several workers overlap. NOTES, "Durable before the 200", says why that is sound.
+the flushes of several workers overlap. NOTES, "Durable before the answer", says why that is sound.
 Where the platform has no fdatasync, COMMIT flushes under the lock and `flush` does nothing.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
-import sqlite3
 import time
 from collections import defaultdict, deque
 from contextlib import closing
 from pathlib import Path
 
+from sqlite.engine import CONNECT_OPTIONS, sqlite3
+from sqlite.locks import LockTimeoutError, retry_while_locked
+
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
 SET_SYNCHRONOUS = f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}"
 READ_PATIENCE_S = 5.0  # for a SELECT while another process recovers the WAL
-CHECKPOINT_PATIENCE_S = 0.1  # a checkpoint may hold the write lock while it waits for a reader
 REPLACED_CHECK_S = 1.0  # each look at the file costs as much as a SELECT of the stock
+
+# Extended codes that pysqlite3 has no names for (sqlite.org/rescode.html).
+IOERR_WRITE, IOERR_FSYNC, IOERR_DIR_FSYNC = 778, 1034, 1290
+
+# Why a service writes no more: the number is what its processes share.
+RUNNING, FLUSH_FAILED, FILES_REMOVED = 0, 1, 2
+TO_DO = "stop the service, then start it (no reload, no upgrade)"
+CAUSES = {
+    RUNNING: "",
+    FLUSH_FAILED: f"a flush failed, so the disk may lack what memory holds - {TO_DO}",
+    FILES_REMOVED: f"the -wal or -shm was removed or replaced, with what only it held - {TO_DO}",
+}
 
 log = logging.getLogger(__name__)
 
 
 class FlushError(Exception):
     """A commit may or may not be on disk."""
+
+
+class StoppedError(Exception):
+    """Nothing is written or confirmed any more until the service was stopped and started."""
 
 
 class WalReader:
@@ -36,16 +54,19 @@ class WalReader:
     reports a failed write only to descriptors that were open then.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, idle: deque[WalReader]) -> None:
-        self.path = path
+    def __init__(
+        self, database: WalDatabase, connection: sqlite3.Connection, idle: deque[WalReader]
+    ) -> None:
+        self.database = database
         self.connection = connection
         self.idle = idle
-        self.file_id = file_id(path)
+        self.file_id = file_id(database.path)
         self.next_check = time.monotonic() + REPLACED_CHECK_S
-        connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens the WAL
-        self.wal_path = f"{path}-wal"
+        self.flushed_version: tuple[int] | None = None
+        connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens WAL and shm
+        self.wal_path, self.shm_path = f"{database.path}-wal", f"{database.path}-shm"
         self.wal = os.open(self.wal_path, os.O_RDONLY)
-        self.wal_id = file_id(self.wal_path)
+        self.side_ids = file_id(self.wal_path), file_id(self.shm_path)
 
     def __enter__(self) -> WalReader:
         return self
@@ -61,15 +82,29 @@ class WalReader:
         if time.monotonic() < self.next_check:
             return True
         self.next_check = time.monotonic() + REPLACED_CHECK_S
+        return self._is_same_database()
+
+    def require_same_files(self) -> None:
+        """Stop the service where the WAL is another than the one that is flushed, or the shm.
+
+        The processes that have the old ones would sell beside those that have the new ones. Raises
+        OSError where the database itself is another: the next call opens that one.
+        """
         try:
-            return file_id(self.path) == self.file_id
+            if (file_id(self.wal_path), file_id(self.shm_path)) == self.side_ids:
+                return
+        except FileNotFoundError:
+            pass
+        if self._is_same_database():
+            self.database.stop(FILES_REMOVED)
+        self.database.require_running()
+        raise OSError("the database was moved or replaced")
+
+    def _is_same_database(self) -> bool:
+        try:
+            return file_id(self.database.path) == self.file_id
         except OSError:
             return False
-
-    def require_same_wal(self) -> None:
-        """Raise OSError if a sale would go to another file than the one that is flushed for it."""
-        if file_id(self.wal_path) != self.wal_id:
-            raise OSError("the database was replaced")
 
     def close(self) -> None:
         os.close(self.wal)
@@ -77,19 +112,41 @@ class WalReader:
 
 
 class WalDatabase:
-    """The connections of this process to one file. Raises sqlite3.Error and OSError."""
+    """The connections of this process to one file. Raises sqlite3.Error and OSError.
+
+    It has to be made before the fork: the processes share whether they must stop. A flush that
+    failed stops them all, as Linux tells of it only descriptors that were open before, and takes
+    the lost pages for clean. Only recovery, at a start, checks what the WAL still holds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.uri = path.as_uri()  # quoted once: each purchase opens it
         self._idle: defaultdict[int, deque[WalReader]] = defaultdict(deque)  # by process id
-        self._wal_is_whole = True  # False after a failed flush, until a whole checkpoint
+        self._cause = mmap.mmap(-1, 1)  # anonymous: of all processes that are forked from this one
+
+    def stop(self, cause: int) -> None:
+        self._cause[0] = self._cause[0] or cause
+
+    @property
+    def stopped(self) -> str:
+        """Why this service may not write, and what to do; "" while it may."""
+        return CAUSES[self._cause[0]]
+
+    def require_running(self) -> None:
+        """Raise StoppedError once a process of this service had to stop it."""
+        if self._cause[0]:
+            raise StoppedError(self.stopped)
 
     def connect(self, mode: str = "rw", patience_s: float = READ_PATIENCE_S) -> sqlite3.Connection:
         """A new connection. A statement that meets a lock waits `patience_s`."""
-        uri = f"{self.uri}?mode={mode}"
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=patience_s, isolation_level=None, check_same_thread=False
+        connection: sqlite3.Connection = sqlite3.connect(
+            f"{self.uri}?mode={mode}",
+            uri=True,
+            timeout=patience_s,
+            isolation_level=None,
+            check_same_thread=False,  # one thread at a time has it
+            **CONNECT_OPTIONS,
         )
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint()
@@ -109,38 +166,72 @@ class WalDatabase:
                 return reader
             reader.close()
 
+    def commit(self, connection: sqlite3.Connection) -> None:
+        """Raises FlushError where nobody can know whether the transaction is stored."""
+        try:
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            # The kernel took no page (no room, a limit): without it there is no transaction.
+            if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, IOERR_WRITE):
+                raise
+            self._stop_if_flush_failed(error)
+            raise FlushError(f"COMMIT failed: {error}") from error
+
     def flush(self, reader: WalReader) -> None:
         """Put every COMMIT so far on disk. Raises FlushError."""
-        if not FLUSH_AFTER_LOCK:
-            return
         try:
-            os.fdatasync(reader.wal)
+            if FLUSH_AFTER_LOCK:
+                os.fdatasync(reader.wal)
         except OSError as error:
-            # Linux marks the lost pages clean: acknowledge nothing until they are written anew.
-            self._wal_is_whole = self.checkpoint()
-            raise FlushError(f"{reader.wal_path}: flush failed: {error}") from error
-        if not self._wal_is_whole:
-            self._wal_is_whole = self.checkpoint()
-            if not self._wal_is_whole:
-                raise FlushError(f"{reader.wal_path}: an earlier flush failed")
+            self.stop(FLUSH_FAILED)
+            raise FlushError(f"{reader.wal_path}: {self.stopped}: {error}") from error
+        if self._cause[0]:  # another process was told of what this one wasn't
+            raise FlushError(f"{reader.wal_path}: {self.stopped}")
 
-    def checkpoint(self) -> bool:
-        """Copy the WAL into the database file, so that it starts over; whether all was copied.
-
-        RESTART holds the write lock. A checkpoint beside a commit can corrupt the database in
-        SQLite before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"): hence
-        wal_autocheckpoint=0, and this.
-        """
+    def confirm(self, reader: WalReader) -> None:
+        """Put what `reader` has read on disk, once after each change. Raises OSError."""
+        version = reader.connection.execute("PRAGMA data_version").fetchone()
+        if version == reader.flushed_version:
+            return
+        reader.require_same_files()
         try:
-            with closing(self.connect(patience_s=CHECKPOINT_PATIENCE_S)) as connection:
-                connection.execute(SET_SYNCHRONOUS)
-                _, frames, copied = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-        except sqlite3.Error as error:  # the sales before it are safe in the WAL
-            log.error("checkpoint of %s failed: %s", self.path, error)
-            return False
+            self.flush(reader)
+        except FlushError as error:  # nothing was written, so nothing is in doubt
+            raise OSError(str(error)) from error
+        reader.flushed_version = version
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into the database file, so that it starts over.
+
+        The caller holds the write lock on another connection: a checkpoint beside a commit can
+        corrupt the database in SQLite before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
+        Hence wal_autocheckpoint = 0, and PASSIVE, which waits for no reader.
+        """
+        self.require_running()  # a checkpoint copies frames without checking them
+        with closing(self.connect(patience_s=0)) as connection:
+            connection.execute(SET_SYNCHRONOUS)
+            try:
+                _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            except sqlite3.Error as error:
+                self._stop_if_flush_failed(error)
+                raise
         if copied < frames:
             log.warning("checkpoint incomplete, the WAL grows: a reader stays in %s", self.path)
-        return bool(0 <= frames == copied)  # -1: another process is at it
+
+    def checkpoint_if_alone(self) -> None:
+        """Put what an earlier service left in the WAL into the database file.
+
+        Nobody else may have the file open: a service whose flush failed may still live, and only a
+        recovery checks the frames, which the first connection makes.
+        """
+        with closing(self.connect(patience_s=0)) as connection:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            try:
+                retry_while_locked(connection, 0, "BEGIN IMMEDIATE")
+            except LockTimeoutError:
+                return
+            connection.execute("COMMIT")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close this process's standing connections."""
@@ -150,10 +241,14 @@ class WalDatabase:
     def _open_reader(self, idle: deque[WalReader]) -> WalReader:
         connection = self.connect("ro")
         try:
-            return WalReader(self.path, connection, idle)
+            return WalReader(self, connection, idle)
         except BaseException:
             connection.close()
             raise
+
+    def _stop_if_flush_failed(self, error: sqlite3.Error) -> None:
+        if error.sqlite_errorcode in (IOERR_FSYNC, IOERR_DIR_FSYNC):
+            self.stop(FLUSH_FAILED)
 
 
 def file_id(path: Path | str) -> tuple[int, int]:

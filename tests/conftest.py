@@ -1,7 +1,6 @@
 """Each test gets its own database, the stores that keep the contract, and a test client."""
 
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from service import PROJECT
+
+from sqlite.engine import sqlite3
 
 OpenStore = Callable[..., Any]
 
@@ -62,6 +63,15 @@ def make_app(database: Path) -> Iterator[Callable[..., Flask]]:
 @pytest.fixture
 def client(make_app: Callable[..., Flask]) -> FlaskClient:
     return make_app().test_client()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A selenium driver of headless Chromium."""
+    from browser import chromium
+
+    with chromium(tmp_path) as chrome:
+        yield chrome
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -14,6 +13,8 @@ import pytest
 import requests
 from service import Answer, Service, purchase_request, send_at_once, wait_until
 from test_sqlite_store import write_lock
+
+from sqlite.engine import sqlite3
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from service import (
 from test_sqlite_store import write_lock
 
 import db
+from sqlite.engine import sqlite3
 
 KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 60.0
 GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")

@@ -20,7 +20,7 @@ import pytest
 from postgres_cluster import PASSWORD, ROLE, Cluster, reason_to_skip
 from postgres_proxy import Proxy
 from service import PROJECT, environment
-from test_store import *
+from test_store import *  # noqa: F403
 from test_store import OpenStore, buy_in_threads
 
 import app as service_app

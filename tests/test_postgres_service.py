@@ -1,7 +1,6 @@
 """The whole service on PostgreSQL: crowds, restarts of the server, moving a sale over."""
 
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -14,10 +13,11 @@ import pytest
 import requests
 from postgres_cluster import PASSWORD, Cluster, reason_to_skip
 from postgres_proxy import Proxy
-from service import PROJECT, Service, free_port, purchase_request, run_to_end, send_at_once
+from service import PROJECT, Service, purchase_request, run_to_end, send_at_once
 
 import app as service_app
 import db
+from sqlite.engine import sqlite3
 
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
@@ -76,8 +76,7 @@ def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
     command = (
         sys.executable,
         "proof_of_correctness.py",
-        "--url",
-        f"http://127.0.0.1:{free_port()}",
+        "--own-server",
     )
     done = run_to_end(command, DATABASE_URL=url)
     assert done.returncode == 0, done.stdout
@@ -95,8 +94,7 @@ def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None
     command = (
         sys.executable,
         "proof_of_correctness.py",
-        "--url",
-        f"http://127.0.0.1:{free_port()}",
+        "--own-server",
     )
     done = run_to_end(command, DATABASE_URL=url, ALLOW_RESET="0")
     assert done.returncode == 2, done.stdout

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import sqlite3
 import sys
 import threading
 import time
@@ -28,6 +27,8 @@ from service import (
     wait_until,
 )
 from test_sqlite_store import write_lock
+
+from sqlite.engine import sqlite3
 
 WAITING = 400
 
