@@ -130,6 +130,7 @@ class SQLiteStore:
         try:
             with self.faults, self.file.reader(to_write=True) as reader:
                 with self._transaction() as connection:
+                    setup.has_our_tables(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
@@ -296,7 +297,7 @@ class StoreErrors:
             raise RestartNeeded(f"{self.path}: {error}") from error
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT:
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT and not setup.is_moved(error):
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error
