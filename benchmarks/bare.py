@@ -1,4 +1,4 @@
-"""The yardstick: a Flask route that parses the same body and returns as much JSON, and does nothing else."""
+"""The yardstick: a Flask route that only parses the same body and returns as much JSON."""
 
 from flask import Flask, request
 from flask.typing import ResponseReturnValue

@@ -1,63 +1,70 @@
-"""Connections to PostgreSQL: opened after the fork, seen to be dead before use, never waited for too long."""
+"""Connections to PostgreSQL: made after the fork, checked before use, each step with a deadline.
 
-import logging
-import math
+psycopg opens a connection and cancels on it. A sale speaks to libpq through `psycopg.pq`: that
+costs half of what a cursor does, and its waits can be bounded.
+"""
+
 import os
+import re
 import selectors
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import chain
+from queue import Empty, LifoQueue
+from threading import Lock
 from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors
-from psycopg.pq import ExecStatus
+from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGresult
-from psycopg_pool import ConnectionPool, PoolTimeout
 
 import db
 from serving.config import ConfigError
 
-# Not left to the server's configuration. The sale counts on READ COMMITTED; a plan that was made while
-# the tables were empty is kept for the whole sale, so it must not be one that is good for empty tables.
-# A 200 means on disk: synchronous_commit may be stricter than on, or local, but not off.
-SETTINGS = """
-    SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),
-        set_config('default_transaction_isolation', 'read committed', false),
-        set_config('plan_cache_mode', 'force_generic_plan', false),
-        set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false),
-        set_config('synchronous_commit',
-            replace(current_setting('synchronous_commit'), 'off', 'on'), false)"""
-CONNECTION = {  # unless the URL says otherwise
+# What a sale leans on, whatever the server, the database, the role, the URL and PGOPTIONS say. Only
+# a WARNING tells that the wait for a standby was cut short. A plan that was made while the tables
+# were empty is kept for the whole sale, so it must not be one that is good for empty tables.
+SET_UP = """
+    SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES
+        ('lock_timeout', $1), ('statement_timeout', $2), ('idle_session_timeout', '0'),
+        ('idle_in_transaction_session_timeout', '0'), ('transaction_timeout', '0'),
+        ('client_encoding', 'UTF8'), ('client_min_messages', 'warning'),
+        ('search_path', coalesce($3, current_setting('search_path'))),
+        ('default_transaction_isolation', 'read committed'),
+        ('plan_cache_mode', 'force_generic_plan'), ('enable_seqscan', 'off'), ('jit', 'off'),
+        ('synchronous_commit', CASE current_setting('synchronous_commit')
+            WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END)
+    ) AS needed (name, value) USING (name)"""
+DEFAULTS = {  # unless the URL says otherwise
     "connect_timeout": "2",
+    "tcp_user_timeout": "3000",
     "keepalives_idle": "10",
     "keepalives_interval": "2",
     "keepalives_count": "3",
-    "client_encoding": "utf8",
     "fallback_application_name": "flash-sale",
 }
-POOL_SIZE = 4  # a sync worker never uses more than one, and the others are not opened then
-
-CONNECT_POLL_S = 0.1  # how soon a refused connection is noticed
+SET_UP_TIMEOUT_S = 2.0
+CONNECT_PAUSE_S = 0.25  # on average, after as many connects at once as the pool is large
 GRACE_S = 0.1  # the server's own lock_timeout comes first
 CANCEL_TIMEOUT_S = 1.0
 STATEMENT_RESERVE_S = 2.0  # then the server gives up by itself what nobody waits for any more
 
-INTEGER_TYPES = (20, 23)  # the oids of bigint and integer
 Row = tuple[Any, ...]
-Selector: type[selectors.BaseSelector] = getattr(
-    selectors, "PollSelector", selectors.SelectSelector
-)
-
+Outcome = Row | psycopg.Error
+Statement = tuple[str, Sequence[str | None]]
+INTEGER_TYPES = (20, 23)  # the oids of bigint and integer
 KEEP_CONNECTION = (  # after these it is as good as before
     errors.LockNotAvailable,
     errors.SerializationFailure,
     errors.DeadlockDetected,
     errors.IntegrityError,
 )
-
-logging.getLogger("psycopg.pool").setLevel(logging.WARNING)  # at INFO it tells every single use
+Selector: type[selectors.BaseSelector] = getattr(
+    selectors, "PollSelector", selectors.SelectSelector
+)
 
 
 class Connections:
@@ -67,103 +74,108 @@ class Connections:
     connections. Raises ConfigError for a URL that makes no sense.
     """
 
+    schema: str | None = None  # as SQL writes it; None: the tables are where search_path finds them
+
     def __init__(
         self, url: str, lock_timeout_s: float, pool_size: int, pool_timeout_s: float
     ) -> None:
-        self.lock_timeout_s = lock_timeout_s
-        self.pool_size = pool_size
-        self.pool_timeout_s = pool_timeout_s
-        self._pools: dict[int, ConnectionPool[Connection]] = {}
-        try:
-            given = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError:  # its message may show the password
-            raise ConfigError(
-                "DATABASE_URL has to be postgresql://user:password@host/database, %-encoded"
-            ) from None
-        self._conninfo = conninfo.make_conninfo("", **{**CONNECTION, **given})
-
-    def open(self) -> "Connection":
-        """One outside the pool, for `with`. Raises psycopg.Error."""
-        connection = Connection.connect(self._conninfo, autocommit=True)
-        self._configure(connection)
-        return connection
-
-    def __str__(self) -> str:
-        """Where to, without user and password."""
-        place = conninfo.conninfo_to_dict(self._conninfo)
-        return " ".join(
-            f"{name} {place[name]}" for name in ("host", "port", "dbname") if place.get(name)
-        )
-
-    @contextmanager
-    def until(self, deadline: float) -> Iterator["Connection"]:
-        """A live connection of the pool, which gives the statement up at the deadline."""
-        pool = self._pools.get(os.getpid()) or self._pools.setdefault(os.getpid(), self._new_pool())
-        pool.open()
-        connection = self._lease(pool, min(deadline, time.monotonic() + self.pool_timeout_s))
-        connection.deadline = deadline + GRACE_S
-        try:
-            yield connection
-        except psycopg.Error as error:
-            if not isinstance(error, KEEP_CONNECTION):
-                connection.close()
-            raise
-        finally:
-            if connection.warning or connection.cancelled:
-                connection.close()
-            pool.putconn(connection)
-
-    def _lease(self, pool: "ConnectionPool[Connection]", until: float) -> "Connection":
-        started = time.monotonic()
-        failures = pool.get_stats().get("connections_errors")
-        while True:
-            try:
-                connection = pool.getconn(CONNECT_POLL_S)
-            except PoolTimeout:
-                if pool.get_stats().get("connections_errors") != failures:
-                    raise db.Unavailable(
-                        "can't connect to PostgreSQL, see the log of psycopg.pool"
-                    ) from None
-                if time.monotonic() >= until:
-                    raise db.Busy(time.monotonic() - started) from None
-            else:
-                if connection.is_alive():
-                    return connection
-                connection.close()
-                pool.putconn(connection)
-
-    def _new_pool(self) -> "ConnectionPool[Connection]":
-        """Not opened yet. It doesn't retry by itself: each request that needs a connection makes it try."""
-        return ConnectionPool(
-            self._conninfo,
-            connection_class=Connection,
-            kwargs={"autocommit": True},
-            configure=self._configure,
-            min_size=0,
-            max_size=self.pool_size,
-            num_workers=1,
-            reconnect_timeout=0,
-            open=False,
-        )
-
-    def _configure(self, connection: "Connection") -> None:
-        connection.add_notice_handler(connection.take_notice)
-        lock_timeout_ms = max(1, round(self.lock_timeout_s * 1000))  # 0 would be no limit
+        lock_timeout_ms = max(1, round(lock_timeout_s * 1000))  # 0 would be no limit
         statement_timeout_ms = lock_timeout_ms + round(STATEMENT_RESERVE_S * 1000)
-        connection.execute(SETTINGS, (str(lock_timeout_ms), str(statement_timeout_ms)))
+        self._timeouts = (str(lock_timeout_ms), str(statement_timeout_ms))
+        self._pool_timeout_s = pool_timeout_s
+        self._pools: defaultdict[int, Pool] = defaultdict(partial(Pool, pool_size))  # by process id
+        self._hosts = deque(_one_for_each_host(url))  # the one that answered last comes first
+
+    def ask(self, deadline: float, *transactions: Sequence[Statement]) -> list[Outcome]:
+        """As `Connection.ask`, on a standing connection. Raises Busy and Unavailable, too."""
+        pool = self._pools[os.getpid()]
+        connection = pool.take(min(deadline, time.monotonic() + self._pool_timeout_s))
+        is_as_before = False
+        try:
+            if not (connection and connection.is_alive()):
+                connection = self.open(deadline)
+            outcomes = connection.ask(deadline + GRACE_S, *transactions)
+            is_as_before = connection.is_as_before(outcomes)
+            return outcomes
+        finally:
+            if connection and not is_as_before:
+                connection.close()
+            pool.slots.put(connection if is_as_before else None)
+
+    def open(self, deadline: float) -> "Connection":
+        """A new one to the first host that is ready in time. Raises Unavailable."""
+        failures = []
+        for _ in range(len(self._hosts)):
+            self._pools[os.getpid()].wait_to_connect(deadline)
+            try:
+                return self._open(self._hosts[0])
+            except psycopg.Error as error:
+                failures.append(one_line(error))
+                self._hosts.rotate(-1)
+        raise db.Unavailable(f"can't connect to PostgreSQL: {'; '.join(failures)}")
+
+    def _open(self, host: str) -> "Connection":
+        connection = Connection.connect(host, autocommit=True)
+        connection.add_notice_handler(connection.take_notice)
+        connection.pgconn.enter_pipeline_mode()
+        set_up = [(SET_UP, (*self._timeouts, self.schema))]
+        try:
+            deadline = time.monotonic() + SET_UP_TIMEOUT_S
+            row_of(*connection.ask(deadline, set_up, prepare=False))
+        except BaseException:
+            connection.close()
+            raise
+        connection.cancelled = False
+        return connection
 
     def close(self) -> None:
         """Close this process's connections."""
-        if pool := self._pools.pop(os.getpid(), None):
-            pool.close()
+        slots = self._pools.pop(os.getpid()).slots if os.getpid() in self._pools else LifoQueue()
+        while not slots.empty():
+            if connection := slots.get():
+                connection.close()
+
+
+class Pool:
+    """A slot for each connection of one process; newcomers can't overtake those who wait."""
+
+    def __init__(self, size: int) -> None:
+        self.slots: LifoQueue[Connection | None] = LifoQueue()
+        for _ in range(size):
+            self.slots.put(None)
+        self._door = Lock()
+        self._lock = Lock()
+        self._early_s = (size - 1) * CONNECT_PAUSE_S
+        self._next_connect = 0.0  # of time.monotonic(), or up to `_early_s` before
+
+    def take(self, until: float) -> "Connection | None":
+        started = time.monotonic()
+        if self._door.acquire(timeout=max(until - started, 0)):
+            try:
+                return self.slots.get(timeout=max(until - time.monotonic(), 0))
+            except Empty:
+                pass
+            finally:
+                self._door.release()
+        raise db.Busy(time.monotonic() - started)
+
+    def wait_to_connect(self, deadline: float) -> None:
+        """No fault makes this process knock on every server without a pause."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(self._next_connect, now)
+            if turn - self._early_s > deadline:
+                raise db.Unavailable("PostgreSQL was asked for connections too often just now")
+            self._next_connect = turn + CONNECT_PAUSE_S
+        time.sleep(max(turn - self._early_s - now, 0))
 
 
 class Connection(psycopg.Connection[Row]):
-    """One that waits no longer than `deadline`, for whatever reason there is no answer."""
+    """One that waits no longer than it is told, for whatever reason there is no answer."""
 
-    deadline = math.inf  # of time.monotonic()
-    cancelled = False
-    warning = ""
+    cancelled = True  # while it is set up, there is nothing to cancel
+    _warning = ""
+    _deadline = 0.0
 
     @cached_property
     def _names(self) -> dict[str, bytes]:
@@ -176,22 +188,32 @@ class Connection(psycopg.Connection[Row]):
         selector.register(self.pgconn.socket, selectors.EVENT_READ)
         return selector
 
-    def ask(self, statement: str, parameters: Sequence[str | None] | None) -> Row | None:
-        """The first row, numbers and texts. Prepared, unless `parameters` is None. Raises psycopg.Error.
+    def ask(
+        self, deadline: float, *transactions: Sequence[Statement], prepare: bool = True
+    ) -> list[Outcome]:
+        """What came of each transaction: its last row, or the error. All are sent in one trip.
 
-        Straight to libpq: half the cost of a cursor on this side, and a wait that can be bounded.
+        Without an answer that is an OperationalError: after `deadline`, of time.monotonic(), and
+        another CANCEL_TIMEOUT_S in which the server may cancel. Raises only before they are sent.
         """
-        if parameters is None:
-            self.pgconn.send_query(statement.encode())
-            return self._answer()
-        name = self._names.get(statement)
-        if name is None:
-            name = self._names[statement] = b"%d" % len(self._names)
-            self.pgconn.send_prepare(name, statement.encode())
-            self._answer()
-        texts = [text if text is None else text.encode() for text in parameters]
-        self.pgconn.send_query_prepared(name, texts)
-        return self._answer()
+        self._deadline = deadline
+        for statement, _ in chain(*transactions) if prepare else ():
+            if statement not in self._names:
+                self._prepare(statement)
+        for transaction in transactions:
+            for statement, parameters in transaction:
+                texts = [text if text is None else text.encode() for text in parameters]
+                if prepare:
+                    self.pgconn.send_query_prepared(self._names[statement], texts)
+                else:
+                    self.pgconn.send_query_params(statement.encode(), texts)
+            self.pgconn.pipeline_sync()
+        return [self._outcome() for _ in transactions]
+
+    def is_as_before(self, outcomes: list[Outcome]) -> bool:
+        """Whether another purchase may use it."""
+        failures = [outcome for outcome in outcomes if isinstance(outcome, psycopg.Error)]
+        return not self.cancelled and all(isinstance(error, KEEP_CONNECTION) for error in failures)
 
     def is_alive(self) -> bool:
         """Whether the server hasn't hung up, as far as this host knows: without a round trip."""
@@ -203,24 +225,35 @@ class Connection(psycopg.Connection[Row]):
         return not self.closed
 
     def take_notice(self, notice: errors.Diagnostic) -> None:
-        """A WARNING at a sale: committed here, but the wait for the synchronous standby was cut short."""
+        """A WARNING: committed here, but the wait for the synchronous standby was cut short."""
         if notice.severity_nonlocalized == "WARNING":
-            self.warning = notice.message_primary or "warning"
+            self._warning = notice.message_primary or "warning"
 
-    def _answer(self) -> Row | None:
-        row: Row | None = None
-        failure: psycopg.Error | None = None
+    def _prepare(self, statement: str) -> None:
+        name = b"%d" % len(self._names)
+        self.pgconn.send_prepare(name, statement.encode())
+        self.pgconn.pipeline_sync()
+        row_of(self._outcome())
+        self._names[statement] = name
+
+    def _outcome(self) -> Outcome:
+        outcome: Outcome = ()
+        self._warning = ""
         try:
-            while result := self._next_result():
-                if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-                    failure = failure or errors.error_from_result(result)
+            while True:
+                result = self._next_result()
+                if result is None and self.pgconn.status != ConnStatus.OK:
+                    raise psycopg.OperationalError("the connection was lost")
+                if result is None:  # the end of a statement
+                    continue
+                if result.status == ExecStatus.PIPELINE_SYNC:
+                    return psycopg.OperationalError(self._warning) if self._warning else outcome
+                if result.status == ExecStatus.FATAL_ERROR:
+                    outcome = errors.error_from_result(result)
                 elif result.ntuples:
-                    row = tuple(_value(result, column) for column in range(result.nfields))
-        except psycopg.OperationalError as error:  # after a FATAL error the connection ends
-            raise failure or error from None
-        if failure:
-            raise failure
-        return row
+                    outcome = tuple(_value(result, column) for column in range(result.nfields))
+        except psycopg.OperationalError as error:
+            return outcome if isinstance(outcome, psycopg.Error) else error  # its last words
 
     def _next_result(self) -> PGresult | None:
         while self.pgconn.flush() or self.pgconn.is_busy():
@@ -230,14 +263,24 @@ class Connection(psycopg.Connection[Row]):
 
     def _wait(self) -> None:
         """Until the server has something to say; cancel at the deadline, give up soon after."""
-        left_s = self.deadline - time.monotonic()
-        if self._selector.select(max(left_s, 0)):
+        if self._selector.select(max(self._deadline - time.monotonic(), 0)):
             return
         if self.cancelled:
             raise psycopg.OperationalError("the server doesn't answer")
         self.cancelled = True
-        self.deadline = time.monotonic() + CANCEL_TIMEOUT_S
+        self._deadline = time.monotonic() + CANCEL_TIMEOUT_S
         self.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+
+
+def row_of(outcome: Outcome) -> Row:
+    """The row; raises the error."""
+    if isinstance(outcome, psycopg.Error):
+        raise outcome
+    return outcome
+
+
+def one_line(error: psycopg.Error) -> str:
+    return " ".join((error.diag.message_primary or str(error)).split())
 
 
 def _value(result: PGresult, column: int) -> int | str | None:
@@ -245,3 +288,40 @@ def _value(result: PGresult, column: int) -> int | str | None:
     if value is None:
         return None
     return int(value) if result.ftype(column) in INTEGER_TYPES else value.decode()
+
+
+def place(url: str) -> str:
+    """Where a URL leads, without user and password. Raises ConfigError, without them too."""
+    given = _parse(url)
+    return " ".join(f"{name} {given[name]}" for name in ("host", "port", "dbname") if name in given)
+
+
+def _one_for_each_host(url: str) -> list[str]:
+    """libpq tries several hosts by itself, but no other if one falls silent after the log-in."""
+    given = DEFAULTS | _parse(url)
+    lists = {name: given[name].split(",") for name in ("host", "hostaddr", "port") if name in given}
+    count = max(map(len, lists.values()), default=1)
+    if any(len(values) not in (1, count) for values in lists.values()):
+        raise ConfigError("DATABASE_URL has to name one port, or one for each of its hosts")
+    return [
+        conninfo.make_conninfo(
+            "", **given | {name: values[n % len(values)] for name, values in lists.items()}
+        )
+        for n in range(count)
+    ]
+
+
+def _parse(url: str) -> dict[str, Any]:
+    wrong = "DATABASE_URL has to be postgresql://user:password@host/database, %-encoded"
+    if not URL.fullmatch(url):
+        raise ConfigError(f"{wrong} (@ is %40, : is %3A, / is %2F)")
+    try:
+        return {name: str(value) for name, value in conninfo.conninfo_to_dict(url).items() if value}
+    except psycopg.ProgrammingError:  # its message may show the password
+        raise ConfigError(wrong) from None
+
+
+# Stricter than libpq, which takes a part of a password with an unencoded @, / or : for a host or a
+# port, and shows it in its messages.
+HOST = r"(?:[^@/?#:\[\],\s]*|\[[^\]@/\s]+\])(?::\d*)?"
+URL = re.compile(rf"postgres(?:ql)?://(?:[^@/?#\s]*@)?{HOST}(?:,{HOST})*(?:/[^@?#]*)?(?:\?[^@#]*)?")

@@ -8,9 +8,10 @@ from typing import Any
 import gunicorn.config
 import gunicorn.util
 
-from serving import json_bodies
 from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
 from serving.starting import cannot_start
+from serving.watch import may_write
 
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 
@@ -20,12 +21,12 @@ def install() -> None:
     gunicorn.config.WorkerClass.validator = staticmethod(require_sync)
     gunicorn.config.WorkerThreads.validator = staticmethod(require_one_thread)
     logging.getLogger("gunicorn.error").addFilter(shorten)
+    for name in ("gunicorn.error", "gunicorn.access"):
+        logging.getLogger(name).addFilter(may_write)
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    """A request that gunicorn can't parse never reaches the app."""
-    text = f"{(message or reason)[:QUOTE_MAX]} - send a valid HTTP/1.1 request"
-    body = json_bodies.encode({"success": False, "message": text}).encode()
+    body = unreadable((message or reason)[:QUOTE_MAX])
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",

@@ -2,31 +2,58 @@
 
 import json
 import re
-from itertools import accumulate
 from typing import Any, NoReturn
 
-from flask import Request, abort
+from flask import Request, Response, abort
+
+from serving.config import MAX_STOCK, NAME
 
 MAX_BODY_BYTES = 16 * 1024
-MAX_NESTING = 100  # Python's own limit differs by version, and in some it is the end of the stack
-STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?'), re.compile(r"[][{}]")
+MAX_BRACKETS = 100  # Python's own limit of nesting differs by version, and can end the stack
+STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?'), re.compile(r"[\[{]")
+JSON_TYPE = "application/json"
+EXAMPLES = {"customer_id": '{"customer_id": "c1"}', "stock": '{"stock": 100}'}
 
 
-def json_object_of(request: Request) -> dict[str, Any]:
-    """The request's body, {} if there is none. Anything else is answered with 4xx."""
-    body = read_body(request)
+def customer_id_of(request: Request) -> str:
+    customer_id = member_of(request, "customer_id", "guest")
+    if not isinstance(customer_id, str) or not NAME.fullmatch(customer_id):
+        abort(
+            400, "customer_id has to be a string of 1 to 128 characters without control characters."
+        )
+    return customer_id
+
+
+def stock_of(request: Request, default: int) -> int:
+    stock = member_of(request, "stock", default)
+    if isinstance(stock, float) and stock.is_integer():  # 7.0 is an integer to JSON Schema
+        stock = int(stock)
+    if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
+        abort(
+            400,
+            f"stock has to be a whole number, 0 to {MAX_STOCK}"
+            ' - send {"stock": 100}, or no body for the configured stock.',
+        )
+    return stock
+
+
+def member_of(request: Request, name: str, default: Any) -> Any:
+    """What the request's body says of `name`, the one member it may have. Refusals are 4xx."""
+    body, example = read_body(request), EXAMPLES[name]
     if not body:
-        return {}
-    json_type = "application/json"
-    if request.environ.get("CONTENT_TYPE") != json_type and request.mimetype != json_type:
+        return default
+    if request.environ.get("CONTENT_TYPE") != JSON_TYPE and request.mimetype != JSON_TYPE:
         abort(415, "The body has to be JSON - send the header Content-Type: application/json.")
     try:
         value = decode(body)
     except ValueError:
-        abort(400, 'The body is not valid JSON in UTF-8 - send for example {"customer_id": "c1"}.')
+        abort(400, f"The body is not valid JSON in UTF-8 - send for example {example}.")
     if not isinstance(value, dict):
-        abort(400, 'The body has to be a JSON object - send for example {"customer_id": "c1"}.')
-    return value
+        abort(400, f"The body has to be a JSON object - send for example {example}.")
+    for unknown in (member for member in value if member != name):
+        example += " and the header Idempotency-Key" if name == "customer_id" else ""
+        abort(400, f"The member {unknown[:40]!a} means nothing here - send only {example}.")
+    return value.get(name, default)
 
 
 def read_body(request: Request) -> bytes:
@@ -51,13 +78,18 @@ def read_body(request: Request) -> bytes:
 
 
 def decode(body: bytes) -> Any:
-    """Raises ValueError for what isn't JSON, a number of 5,000 digits, or too deep nesting."""
+    """Raises ValueError for what isn't JSON, a number of 5,000 digits, or too many brackets."""
     text = body.decode()
-    if text.count("{") + text.count("[") > MAX_NESTING:  # brackets within strings don't nest
-        steps = (1 if bracket in "{[" else -1 for bracket in BRACKET.findall(STRING.sub("", text)))
-        if max(accumulate(steps), default=0) > MAX_NESTING:
-            raise ValueError("nested too deep")
+    brackets = text.count("{") + text.count("[")
+    if brackets > MAX_BRACKETS and len(BRACKET.findall(STRING.sub("", text))) > MAX_BRACKETS:
+        raise ValueError("too many brackets, outside strings")
     return DECODER.decode(text)
+
+
+def unreadable(message: str) -> bytes:
+    """The body for a request that the server itself couldn't parse, and never handed to the app."""
+    text = f"{message} - send a valid HTTP/1.1 request"
+    return encode({"success": False, "message": text}).encode()
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -66,3 +98,10 @@ def refuse_constant(name: str) -> NoReturn:
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def json_response(
+    body: dict[str, Any], status: int, headers: dict[str, str] | None = None
+) -> Response:
+    """As Flask answers with a dict, for less."""
+    return Response(encode(body) + "\n", status, headers, content_type=JSON_TYPE)

@@ -1,14 +1,18 @@
 """`python app.py`, the local demo: a banner, then gunicorn, or waitress where that doesn't run."""
 
+import importlib
 import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from flask import Flask
 
 from serving.config import address
+from serving.headers import SECURITY_HEADERS
+from serving.json_bodies import unreadable
 from serving.starting import GUNICORN_CONF, cannot_start, say
 
 BANNER = """\
@@ -20,12 +24,16 @@ Initial stock:       {now.initial_stock} units, {now.current_stock} left
 Concurrency control: {store.concurrency_model}
 Lock timeout:        {LOCK_TIMEOUT:g} s
 URL:                 {url}
+Page for buyers:     {page}
 ============================================================"""
 THREADS = 8  # waitress's; more would fight over the interpreter while one holds the write lock
 
 
-def allow_reset_from_this_machine() -> None:
-    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "loopback"
+def prepare() -> None:
+    """Before the app is made: who may reset, and that several processes will be measured."""
+    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET", "").strip() or "loopback"
+    with suppress(ImportError):
+        importlib.import_module("gunicorn.arbiter")  # metrics.py looks whether it is there
 
 
 def serve(app: Flask) -> None:
@@ -44,7 +52,9 @@ def serve(app: Flask) -> None:
 
 def serve_by_waitress(app: Flask) -> None:
     import waitress
+    import waitress.utilities
 
+    waitress.utilities.Error.to_response = json_error  # type: ignore[method-assign,assignment]
     host, port = app.config["HOST"], app.config["PORT"]
     require_free([(host, port)])
     print_banner(app, [address(app.config)])
@@ -53,10 +63,20 @@ def serve_by_waitress(app: Flask) -> None:
     waitress.serve(app, host=host, port=port, threads=THREADS, ident="flash-sale", server_name=host)
 
 
+def json_error(error: Any, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+    headers = [("Content-Type", "application/json"), *SECURITY_HEADERS]
+    return f"{error.code} {error.reason}", headers, unreadable(str(error.body))
+
+
 def print_banner(app: Flask, addresses: list[str]) -> None:
     store = app.extensions["store"]
-    url = ", ".join(f"http://{address}" for address in addresses)
-    say(BANNER.format(**app.config, store=store, now=store.inventory(), url=url))
+    urls = [f"http://{address}" for address in addresses]
+    page = f"{urls[0]}{os.environ.get('SCRIPT_NAME', '')}/sale"
+    say(
+        BANNER.format(
+            **app.config, store=store, now=store.inventory(), url=", ".join(urls), page=page
+        )
+    )
 
 
 def require_free(addresses: list[Any]) -> None:

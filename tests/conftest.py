@@ -1,8 +1,6 @@
 """Each test gets its own database, the stores that keep the contract, and a test client."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +8,11 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from service import PROJECT
 
 from sqlite.engine import sqlite3
 
-# Importing app makes the module's own app: give it a database that is not the developer's.
-_import_folder = tempfile.mkdtemp()
-os.environ["DATABASE_URL"] = f"sqlite:///{_import_folder}/import.db"
 OpenStore = Callable[..., Any]
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(_import_folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -74,6 +66,15 @@ def client(make_app: Callable[..., Flask]) -> FlaskClient:
 
 
 @pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A selenium driver of headless Chromium."""
+    from browser import chromium
+
+    with chromium(tmp_path) as chrome:
+        yield chrome
+
+
+@pytest.fixture
 def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
     """Read what is stored: the stock, and the purchases.
 
@@ -93,3 +94,15 @@ def rows(database: Path) -> Callable[[], tuple[int, list[tuple[Any, ...]]]]:
             connection.close()
 
     return read
+
+
+@pytest.fixture
+def copy_of_the_program(tmp_path: Path) -> Path:
+    """A folder of its own for a .env file, with what a start needs."""
+    folder = tmp_path / "copy"
+    rooms = ("app.py", "db.py", "schema.sql", "gunicorn.conf.py", "serving", "sqlite")
+    for name in rooms:
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+        folder.mkdir(exist_ok=True)
+        copy(PROJECT / name, folder / name)
+    return folder

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,10 @@ from typing import IO, Any, Self
 from postgres_cluster import PASSWORD, Cluster
 from service import PROJECT, Service, need, wait_until
 
-import proof_of_correctness as proof
-from proof_of_correctness import BUSY, LOST, SOLD, SOLD_OUT, Api, Attempt
+from proof.api import RETRY_SLEEP_S, Api, CannotJudge, connection_to
+from proof.buyers import Crowd, buy
+from proof.checker import check
+from proof.history import BUSY, LOST, SOLD, SOLD_OUT, Attempt, Audit, Reading
 
 SUBNET = "10.213.7"  # inside the namespaces only: there is no way out of them
 SWITCH = "switch"
@@ -161,7 +163,7 @@ class Buyers:
         self.urls = urls
         self.stock = stock
         self.attempts: list[Attempt] = []
-        self.readings: list[proof.Reading] = []
+        self.readings: list[Reading] = []
         self._customers = count()
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(BUYERS + 1)
@@ -185,7 +187,7 @@ class Buyers:
             job.result()
 
     def _is_reset(self) -> bool:
-        with suppress(proof.CannotJudge):  # a cold pool on a slow way: 503
+        with suppress(CannotJudge):  # a cold pool on a slow way: 503
             Api(self.urls[0]).reset(self.stock)
             return True
         return False
@@ -220,15 +222,16 @@ class Buyers:
                 return status
             unclear = unclear or status != BUSY
             number += not unclear
-            time.sleep(proof.RETRY_SLEEP_S)
+            time.sleep(RETRY_SLEEP_S)
         raise AssertionError(
             f"{customer} was neither sold a ticket nor told SOLD OUT in {PATIENCE_S} s"
         )
 
     def _ask(self, thread: int, customer: str, key: str) -> int:
         place = random.randrange(len(self.urls))
-        crowd = proof.Crowd(self.urls[place], place, [])
-        attempt = proof.buy(crowd, thread, (customer, key), proof.connection_to(crowd.url))
+        crowd = Crowd(self.urls[place], place, [])
+        with closing(connection_to(crowd.url)) as connection:
+            attempt, _ = buy(crowd, thread, (customer, key), connection)
         if attempt.status == UNKNOWN:
             attempt = attempt._replace(status=LOST)
         self.attempts.append(attempt)
@@ -238,9 +241,14 @@ class Buyers:
         while not self._over.wait(READING_PAUSE_S):
             self.readings += Api(random.choice(self.urls)).read_stock()
 
+    def _audit(self) -> Audit | None:
+        with suppress(CannotJudge):
+            return Api(self.urls[0]).audit()
+        return None
+
     def judge(self, cluster: Cluster, database: str) -> None:
         """The history is linearizable, and exactly what was acknowledged is stored, each once."""
-        sold = {a[2:4] + a[7:] for a in self.attempts if a.status == SOLD}
+        sold = {a[2:4] + a[7:9] for a in self.attempts if a.status == SOLD}
         query = "SELECT customer_id, idempotency_key, remaining_stock, purchase_id FROM purchases"
         stored = cluster.sql(query, database).splitlines()
         acknowledged = {"|".join(map(str, purchase)) for purchase in sold}
@@ -249,10 +257,10 @@ class Buyers:
             f"stored, and no buyer knows: {set(stored) - acknowledged}"
         )
         assert len({customer for customer, *_ in sold}) == len(sold) == len(stored)
-        audit = wait_until(Api(self.urls[0]).audit, PATIENCE_S, "GET /audit gives no figures")
+        audit = wait_until(self._audit, PATIENCE_S, "GET /audit gives no figures")
         assert audit is not None
         assert (audit.stock, audit.records) == (self.stock - len(sold), len(sold))
-        violations = proof.check(self.stock, self.attempts, self.readings, audit)
+        violations = check(self.stock, self.attempts, self.readings, audit)
         assert not violations, violations
 
     def unclear(self) -> int:

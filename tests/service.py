@@ -30,6 +30,7 @@ class Answer(NamedTuple):
     status: int  # 0: no answer; `text` says why
     headers: dict[str, str]  # names in lower case
     text: str
+    ended_s: float = 0.0  # of time.perf_counter(): when a crowd's connection ended, or was given up
 
     @property
     def json(self) -> dict[str, Any]:
@@ -42,6 +43,12 @@ def need(condition: object, reason: str) -> None:
         pytest.fail(reason)
     if not condition:
         pytest.skip(reason)
+
+
+def need_root(what: str) -> None:
+    """Skip what only root may do: the one skip that CI=true allows."""
+    if os.geteuid() != 0:
+        pytest.skip(f"{what} needs root")
 
 
 def patched(statements: str) -> tuple[str, ...]:
@@ -201,6 +208,7 @@ def send_at_once(port: int, raw_requests: Sequence[bytes], limit_s: float = 60.0
     allow_open_files(len(raw_requests) + 500)
     crowd = selectors.DefaultSelector()
     received = [bytearray() for _ in raw_requests]
+    ended_s: dict[int, float] = {}
     for number in range(len(raw_requests)):
         buyer = socket.socket()
         buyer.setblocking(False)
@@ -209,11 +217,16 @@ def send_at_once(port: int, raw_requests: Sequence[bytes], limit_s: float = 60.0
     deadline = time.monotonic() + limit_s
     while crowd.get_map() and time.monotonic() < deadline:
         for key, events in crowd.select(timeout=1):
-            _advance(crowd, key, events, raw_requests, received)
+            if _advance(crowd, key, events, raw_requests, received):
+                ended_s[key.data] = time.perf_counter()
+    given_up_s = time.perf_counter()
     for key in list(crowd.get_map().values()):
         _socket(key).close()
     crowd.close()
-    return [parse_answer(bytes(raw)) for raw in received]
+    return [
+        parse_answer(bytes(raw))._replace(ended_s=ended_s.get(number, given_up_s))
+        for number, raw in enumerate(received)
+    ]
 
 
 def _socket(key: selectors.SelectorKey) -> socket.socket:
@@ -227,20 +240,22 @@ def _advance(
     events: int,
     raw_requests: Sequence[bytes],
     received: list[bytearray],
-) -> None:
+) -> bool:
+    """Send or read what is possible now; True once the connection has ended."""
     buyer = _socket(key)
     try:
         if events & selectors.EVENT_WRITE:
             buyer.sendall(raw_requests[key.data])
             crowd.modify(buyer, selectors.EVENT_READ, key.data)
-            return
+            return False
         data = buyer.recv(65536)
         received[key.data] += data
     except BlockingIOError:
-        return
+        return False
     except OSError as error:  # refused or reset: what came until then is the answer
         received[key.data] = received[key.data] or bytearray(repr(error).encode())
         data = b""
     if not data:
         crowd.unregister(buyer)
         buyer.close()
+    return not data

@@ -20,9 +20,8 @@ JSON = "application/json"
         (b"", JSON),
         (b"", "text/plain"),
         (b"{}", JSON),
-        (b'{"other": 1}', JSON),
         (b' {"customer_id": "guest"} \n', "application/json; charset=utf-8"),
-        (b'{"other": NULL}'.replace(b"NULL", b"null"), "Application/JSON"),
+        (b"{ }", "Application/JSON"),
     ],
 )
 def test_without_a_customer_the_guest_buys(
@@ -46,16 +45,68 @@ def test_a_customer_id_of_1_to_128_characters_buys(
     assert rows() == (3, [(customer_id, None, 4), (customer_id, None, 3)])
 
 
+def test_brackets_within_a_string_do_not_nest(client: Client, rows: Rows) -> None:
+    assert client.post("/buy_ticket", json={"customer_id": '"[{' * 42}).status_code == 200
+    assert rows() == (4, [('"[{' * 42, None, 4)])
+
+
 @pytest.mark.parametrize(
-    "ignored",
-    ["[" * 99 + "]" * 99, "[" + "{}," * 5_000 + "{}]", '"' + "[" * 9_000 + '"', '["\\"[{", "]"]'],
+    "member",
+    [
+        *('"customer": "bob"', '"quantity": 2', '"idempotency_key": "k"', '"idempotencyKey": "k"'),
+        *('"Customer_id": "bob"', '"": null', '"\\ud800": 1', f'"{"x" * 9_000}": 1'),
+        *(f'"deep": {"[" * 99 + "]" * 99}', f'"long": "{"[" * 9_000}"', '"a": ["\\"[{", "]"]'),
+    ],
 )
-def test_what_is_ignored_may_be_long_and_nested_up_to_100_deep(
-    client: Client, rows: Rows, ignored: str
+@pytest.mark.parametrize(
+    "known", ["", '"customer_id": "a", ', '"customer_id": null, '], ids=["alone", "second", "bad"]
+)
+def test_an_unknown_member_is_named_and_nothing_is_sold(
+    client: Client, rows: Rows, known: str, member: str
 ) -> None:
-    body = f'{{"customer_id": "{"[" * 128}", "ignored": {ignored}}}'
-    assert client.post("/buy_ticket", data=body, content_type=JSON).status_code == 200
-    assert rows() == (4, [("[" * 128, None, 4)])
+    answer = client.post("/buy_ticket", data=f"{{{known}{member}}}", content_type=JSON)
+    assert (answer.status_code, answer.json["success"]) == (400, False)
+    name = ascii(json.loads(f"{{{member}}}").popitem()[0][:40])
+    assert f"The member {name} means nothing here" in answer.json["message"]
+    sendable = '{"customer_id": "c1"} and the header Idempotency-Key.'
+    assert answer.json["message"].endswith(sendable)
+    assert rows() == (5, [])
+
+
+def test_an_unknown_member_of_a_reset_is_named_and_changes_nothing(
+    client: Client, rows: Rows
+) -> None:
+    client.post("/buy_ticket")
+    answer = client.post("/reset", json={"stock": 7, "customer_id": "alice"})
+    assert (answer.status_code, answer.json["success"]) == (400, False)
+    expected = "The member 'customer_id' means nothing here - send only {\"stock\": 100}."
+    assert answer.json["message"] == expected
+    assert rows() == (4, [("guest", None, 4)])
+
+
+@pytest.mark.parametrize("path", ["/buy_ticket", "/reset"])
+@pytest.mark.parametrize(
+    ("query", "headers", "sendable"),
+    [
+        ("?customer_id=bob", {}, "send a JSON body"),
+        ("?stock=7&", {"Idempotency-Key": "k"}, "send a JSON body"),
+        ("", {"X-Idempotency-Key": "k"}, "send the header Idempotency-Key"),
+        ("", {"x-idempotency-key": "", "Idempotency-Key": "k"}, "send the header Idempotency-Key"),
+    ],
+)
+def test_what_would_be_overlooked_is_answered_400(
+    client: Client, rows: Rows, path: str, query: str, headers: dict[str, str], sendable: str
+) -> None:
+    client.post("/buy_ticket")
+    answer = client.post(path + query, headers=headers)
+    assert (answer.status_code, answer.json["success"]) == (400, False)
+    assert sendable in answer.json["message"]
+    assert rows() == (4, [("guest", None, 4)])
+
+
+def test_a_query_on_a_reading_is_read_over(client: Client) -> None:
+    assert client.get("/inventory?_=1700000000").json["current_stock"] == 5
+    assert client.post("/buy_ticket?").status_code == 200
 
 
 def test_no_body_keeps_a_worker_busy(client: Client, rows: Rows) -> None:
@@ -95,7 +146,7 @@ def test_a_customer_id_that_is_none_is_answered_400(
         b'{"customer_id": "\\ud800"}',
         b'{"customer_id": "\\udfff\\ud800"}',
         b'{"customer_id": NaN}',
-        b'{"customer_id": "alice", "price": NaN}',
+        b'{"customer_id": "alice", "customer_id": NaN}',
         b'{"customer_id": "alice", "price": -Infinity}',
         b"[" * 10_000,
         b"[" * 8_000 + b"]" * 8_000,
@@ -198,7 +249,17 @@ def test_a_chunked_body_is_answered_411(client: Client, rows: Rows) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["a", "k" * 255, "!~", '"quoted"', "8e03978e-40d5-43e8-bc93-6894a57f9324"]
+    "key",
+    [
+        "a",
+        "k" * 255,
+        "!~",
+        "8e03978e-40d5-43e8-bc93-6894a57f9324",
+        'a"b',
+        "'a'",
+        "a\\b",
+        "nullable",
+    ],
 )
 def test_a_key_of_1_to_255_visible_characters_is_accepted(
     client: Client, rows: Rows, key: str
@@ -208,12 +269,37 @@ def test_a_key_of_1_to_255_visible_characters_is_accepted(
 
 
 @pytest.mark.parametrize(
-    "key", ["", " ", "k" * 256, "two words", "tab\there", "\x7f", "schlüssel", "\x01"]
+    ("quoted", "plain"),
+    [
+        *(('"k5"', "k5"), ('"' + "k" * 255 + '"', "k" * 255), (r'"a\"b\\c"', r'a"b\c')),
+        ('"' + r"\\" * 255 + '"', "\\" * 255),
+    ],
+)
+def test_a_key_in_quotes_is_the_same_key(
+    client: Client, rows: Rows, quoted: str, plain: str
+) -> None:
+    """The IETF draft has it as a structured string; RFC 8941, 3.3.3."""
+    first = client.post("/buy_ticket", headers={"Idempotency-Key": quoted})
+    again = client.post("/buy_ticket", headers={"Idempotency-Key": plain})
+    assert (first.status_code, again.data) == (200, first.data)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert rows() == (4, [("guest", plain, 4)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("", " ", "k" * 256, "two words", "tab\there", "\x7f", "schlüssel", "\x01"),
+        *("undefined", "null", '"undefined"', '"null"', r'"nul\l"'),
+        *('""', '"', '"k5', '"k"5"', '"two words"', '"k5";a=1', '"k5", "k6"', r'"\"', r'"\k"'),
+        *('"' + "k" * 256 + '"', '"schlüssel"'),
+    ],
 )
 def test_any_other_key_is_answered_400(client: Client, rows: Rows, key: str) -> None:
     answer = client.post("/buy_ticket", headers={"Idempotency-Key": key})
     assert (answer.status_code, answer.json["success"]) == (400, False)
     assert "1 to 255 visible ASCII characters" in answer.json["message"]
+    assert "send a new UUID" in answer.json["message"]
     assert rows() == (5, [])
 
 

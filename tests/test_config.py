@@ -2,7 +2,6 @@
 
 import math
 import runpy
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,18 +128,6 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     assert conf["control_socket_disable"] is True
     assert "%(r)s" not in conf["access_log_format"]
     assert "%(q)s" not in conf["access_log_format"]
-
-
-@pytest.fixture
-def copy_of_the_program(tmp_path: Path) -> Path:
-    """A folder of its own for a .env file, with what a start needs."""
-    folder = tmp_path / "copy"
-    rooms = ("app.py", "db.py", "schema.sql", "gunicorn.conf.py", "serving", "sqlite")
-    for name in rooms:
-        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
-        folder.mkdir(exist_ok=True)
-        copy(PROJECT / name, folder / name)
-    return folder
 
 
 STARTS = [["-m", "flask", "--app", "app", "audit"], ["-m", "gunicorn", "app:app"], ["app.py"]]

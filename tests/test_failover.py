@@ -14,8 +14,8 @@ from postgres_cluster import PASSWORD, ROLE, Cluster, reason_to_skip
 from postgres_proxy import Proxy
 from service import PROJECT, Service, wait_until
 
-import proof_of_correctness as proof
-from proof_of_correctness import BUSY, LOST, SOLD, SOLD_OUT
+from proof import api
+from proof.history import BUSY, LOST, SOLD, SOLD_OUT
 
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
@@ -34,7 +34,7 @@ SYNCHRONOUS = "SELECT sync_state FROM pg_stat_replication"
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as running, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "*")
-        patch.setattr(proof, "REQUEST_TIMEOUT_S", REQUEST_TIMEOUT_S)
+        patch.setattr(api, "REQUEST_TIMEOUT_S", REQUEST_TIMEOUT_S)
         yield running
 
 

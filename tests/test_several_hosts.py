@@ -11,7 +11,12 @@ from postgres_cluster import Cluster, reason_to_skip
 from postgres_proxy import Proxy
 from service import wait_until
 
-import proof_of_correctness as proof
+from proof import api
+from proof.buyers import Crowd, hold_sale
+from proof.checker import find_violations
+from proof.history import BUSY, SOLD, SOLD_OUT
+from proof.orders import single_orders
+from proof.result import equalities
 
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
@@ -35,7 +40,7 @@ def network() -> Iterator[Network]:
         stack.enter_context(built.inside("buyers"))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("NO_PROXY", "*")
-        patch.setattr(proof, "REQUEST_TIMEOUT_S", REQUEST_TIMEOUT_S)
+        patch.setattr(api, "REQUEST_TIMEOUT_S", REQUEST_TIMEOUT_S)
         yield built
 
 
@@ -69,18 +74,18 @@ def urls(hosts: list[AppHost]) -> list[str]:
 def test_a_thousand_buyers_at_three_hosts_buy_each_of_100_tickets_once(
     hosts: list[AppHost],
 ) -> None:
-    orders = proof.single_orders(1000)
-    crowds = [proof.Crowd(host.url, place, orders[place::3]) for place, host in enumerate(hosts)]
-    history = proof.hold_sale(proof.Api(hosts[0].url), 100, crowds)
+    orders = single_orders(1000)
+    crowds = [Crowd(host.url, place, orders[place::3]) for place, host in enumerate(hosts)]
+    history = hold_sale(api.Api(hosts[0].url), 100, crowds)
     told = Counter(a.status for a in history.attempts)
-    assert told[proof.SOLD] == 100
+    assert told[SOLD] == 100
     assert set(told) <= {
-        proof.SOLD,
-        proof.SOLD_OUT,
-        proof.BUSY,
+        SOLD,
+        SOLD_OUT,
+        BUSY,
     }  # cold pools, half a second for the lock
-    assert len({a.purchase_id for a in history.attempts if a.status == proof.SOLD}) == 100
-    checks = proof.verify([history], proof.find_violations([history]))
+    assert len({a.purchase_id for a in history.attempts if a.status == SOLD}) == 100
+    checks = equalities([history], find_violations([history]))
     assert all(passed for passed, _ in checks), checks
 
 

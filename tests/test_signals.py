@@ -1,7 +1,11 @@
-"""SIGTERM and SIGHUP in the middle of a rush: who has sent a request gets its answer."""
+"""Signals in the middle of a rush: every request that waits in the kernel's queue is answered.
+
+A handshake in the very moment of a stop may be reset, and then sold nothing: that one is allowed.
+"""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -12,7 +16,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from service import Service, parse_answer, patched, purchase_request, send_at_once, wait_until
+from service import (
+    Service,
+    need,
+    need_root,
+    parse_answer,
+    patched,
+    purchase_request,
+    send_at_once,
+    wait_until,
+)
 from test_sqlite_store import write_lock
 
 from sqlite.engine import sqlite3
@@ -34,9 +47,26 @@ def purchases(folder: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM purchases").fetchone()[0])
 
 
+# Newer kernels let a process without capabilities do less than an ordinary user's tests would show.
+WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+USERS = {"as whoever runs this": (), "without capabilities": WITHOUT_RIGHTS}
+
+
+def as_user(prefix: tuple[str, ...]) -> tuple[str, ...]:
+    """The service's command; root only can give up rights, others have none to begin with."""
+    if prefix:
+        need_root("giving up capabilities")
+        need(shutil.which("setpriv"), "setpriv is not installed (apt-get install util-linux)")
+    return (*prefix, sys.executable, "-m", "gunicorn", "app:app")
+
+
+@pytest.mark.parametrize("user", USERS.values(), ids=USERS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_answers_everybody_who_waits_in_the_backlog(tmp_path: Path, number: int) -> None:
-    with Service(tmp_path, INITIAL_STOCK="1000", WEB_CONCURRENCY="2", LOCK_TIMEOUT="20") as service:
+def test_a_stop_answers_everybody_who_waits_in_the_backlog(
+    tmp_path: Path, number: int, user: tuple[str, ...]
+) -> None:
+    variables = {"INITIAL_STOCK": "1000", "WEB_CONCURRENCY": "2", "LOCK_TIMEOUT": "20"}
+    with Service(tmp_path, *as_user(user), **variables) as service:
         answers = []
         crowd = [purchase_request("alice", f"key-{n}") for n in range(WAITING)]
         rush = threading.Thread(target=lambda: answers.extend(send_at_once(service.port, crowd)))
@@ -45,12 +75,25 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(tmp_path: Path, numbe
             wait_until(lambda: backlog(service.port) == WAITING - 2, 10, "they don't wait")
             service.process.send_signal(number)
             wait_until(lambda: "Handling signal" in service.log, 10, "the signal wasn't handled")
-        assert service.process.wait(30) == 0
         rush.join()
+        assert service.process.wait(2) == 0
     assert Counter(
         (answer.status, answer.text if answer.status == 0 else "") for answer in answers
     ) == {(200, ""): WAITING}
     assert purchases(tmp_path) == WAITING
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("user", USERS.values(), ids=USERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_of_an_idle_service_takes_no_two_seconds(
+    tmp_path: Path, number: int, user: tuple[str, ...]
+) -> None:
+    with Service(tmp_path, *as_user(user)) as service:
+        started = time.monotonic()
+        assert service.stop(number) == 0
+        assert time.monotonic() - started < 2
+    assert "Traceback" not in service.log
 
 
 class Rush:
@@ -94,21 +137,80 @@ class Rush:
         for thread in self.threads:
             thread.join(60)
 
+    @property
+    def lost(self) -> list[str]:
+        return [outcome for outcome in self.outcomes.elements() if outcome.startswith("lost")]
+
+    def check_that_nobody_was_lost(self, folder: Path) -> None:
+        """But for one whose handshake the stop met. He was sold nothing."""
+        wait_until(
+            lambda: self.outcomes["refused"] == len(self.threads), 20, "somebody is still answered"
+        )
+        assert len(self.lost) <= 1
+        assert set(self.outcomes) - set(self.lost) == {"200", "refused"}
+        assert self.outcomes["200"] == purchases(folder)
+
     def wait_for(self, number: int) -> None:
         wait_until(
             lambda: self.outcomes["200"] >= number, 20, f"not {number} sales: {self.outcomes}"
         )
 
 
-def test_sigterm_under_load_loses_no_request_that_was_sent(tmp_path: Path) -> None:
-    with Service(tmp_path, INITIAL_STOCK="1000000") as service, Rush(service.port) as rush:
+@pytest.mark.parametrize("user", USERS.values(), ids=USERS)
+def test_sigterm_under_load_loses_no_request_that_was_sent(
+    tmp_path: Path, user: tuple[str, ...]
+) -> None:
+    with (
+        Service(tmp_path, *as_user(user), INITIAL_STOCK="1000000") as service,
+        Rush(service.port) as rush,
+    ):
         rush.wait_for(100)
+        started = time.monotonic()
         assert service.stop(signal.SIGTERM) == 0
-        wait_until(
-            lambda: rush.outcomes["refused"] == len(rush.threads), 20, "somebody is still answered"
-        )
-    assert set(rush.outcomes) == {"200", "refused"}
-    assert rush.outcomes["200"] == purchases(tmp_path)
+        assert time.monotonic() - started < 5
+        rush.check_that_nobody_was_lost(tmp_path)
+    assert "Traceback" not in service.log
+
+
+def test_an_exception_in_the_hook_does_not_end_a_stop(tmp_path: Path) -> None:
+    broken = "import socket\ndef listen(self, backlog=0):\n    raise PermissionError('no right')\n"
+    only_at_the_stop = (
+        f"{broken}"
+        "import serving.draining as draining\n"
+        "class Refusing:\n    def __init__(self): self.sock = self\n    listen = listen\n"
+        "close = draining.close_queue\n"
+        "draining.close_queue = lambda listeners: close([Refusing()])"
+    )
+    with Service(tmp_path, *patched(only_at_the_stop)) as service:
+        assert service.buy().status_code == 200
+        assert service.stop(signal.SIGTERM) == 0
+    assert service.log.count("no right") == 1
+
+
+def test_orphans_end_with_their_master_and_a_new_start_serves(tmp_path: Path) -> None:
+    with Service(tmp_path, WEB_CONCURRENCY="2", LOCK_TIMEOUT="60") as service:
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+        orphans = service.workers()
+        answers = []
+        crowd = [purchase_request("alice", f"key-{n}") for n in range(20)]
+        rush = threading.Thread(target=lambda: answers.extend(send_at_once(service.port, crowd)))
+        with write_lock(tmp_path / "inventory.db"):
+            rush.start()
+            wait_until(lambda: backlog(service.port) == 18, 10, "they don't wait")
+            service.process.kill()
+            service.process.wait()
+        rush.join()
+        wait_until(lambda: not any(map(is_running, orphans)), 2, "an orphan stays")
+    assert [answer.status for answer in answers] == [200] * 20
+    with Service(tmp_path, PORT=str(service.port)) as again:
+        assert again.get("/audit")["purchase_records"] == 20
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_worker_stops_that_was_told_so_before_it_handled_signals(tmp_path: Path) -> None:
@@ -172,6 +274,27 @@ def start_upgrade(service: Service) -> int:
     return new_master
 
 
+def test_orphans_of_an_upgraded_master_leave_the_queue_open(tmp_path: Path) -> None:
+    with Service(tmp_path, *UPGRADABLE, WEB_CONCURRENCY="2") as service:
+        new_master = start_upgrade(service)
+        orphans = [pid for pid in service.workers() if pid != new_master]
+        service.process.kill()
+        wait_until(lambda: not any(map(is_running, orphans)), 2, "an orphan stays")
+        answers = send_at_once(service.port, [purchase_request("alice")] * 90)
+        assert [answer.status for answer in answers] == [200] * 90
+        os.kill(new_master, signal.SIGTERM)
+        wait_until(lambda: not is_running(new_master), 10, "the new master stays")
+
+
+def test_the_local_demo_can_be_upgraded_too(tmp_path: Path) -> None:
+    with Service(tmp_path, sys.executable, "app.py", WEB_CONCURRENCY="2") as service:
+        new_master = start_upgrade(service)
+        assert service.stop(signal.SIGTERM) == 0
+        assert service.buy().status_code == 200
+        os.kill(new_master, signal.SIGTERM)
+        wait_until(lambda: not is_running(new_master), 10, "the new master stays")
+
+
 def test_an_upgrade_that_is_taken_back_leaves_the_old_master_selling(tmp_path: Path) -> None:
     with Service(tmp_path, *UPGRADABLE, INITIAL_STOCK="10", WEB_CONCURRENCY="2") as service:
         new_master = start_upgrade(service)
@@ -190,16 +313,16 @@ def test_a_stop_right_after_an_upgrade_answers_everybody_too(tmp_path: Path) -> 
         new_master = start_upgrade(service)
         assert service.stop(signal.SIGTERM) == 0
         os.kill(new_master, signal.SIGTERM)  # before it knows that it is the only one
-        wait_until(lambda: rush.outcomes["refused"] == 40, 30, "somebody is still answered")
-    assert set(rush.outcomes) == {"200", "refused"}
-    assert rush.outcomes["200"] == purchases(tmp_path)
+        rush.check_that_nobody_was_lost(tmp_path)
 
 
 def test_a_stop_ends_while_newcomers_keep_coming(tmp_path: Path) -> None:
-    with Service(tmp_path, INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service:
-        with Rush(service.port, number=40) as rush:
-            rush.wait_for(100)
-            started = time.monotonic()
-            assert service.stop(signal.SIGTERM) == 0
-            assert time.monotonic() - started < 10
-        assert set(rush.outcomes) == {"200", "refused"}
+    with (
+        Service(tmp_path, INITIAL_STOCK="1000000", WEB_CONCURRENCY="2") as service,
+        Rush(service.port, number=40) as rush,
+    ):
+        rush.wait_for(100)
+        started = time.monotonic()
+        assert service.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - started < 5
+        rush.check_that_nobody_was_lost(tmp_path)

@@ -9,12 +9,20 @@ import socket
 import sys
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 import requests
-from service import PROJECT, Service, free_port, parse_answer, purchase_request, run_to_end
+from service import (
+    PROJECT,
+    Service,
+    free_port,
+    need_root,
+    parse_answer,
+    patched,
+    purchase_request,
+    run_to_end,
+)
 from test_sqlite_store import write_lock
 
 LOCAL_DEMO = (sys.executable, "app.py")
@@ -23,9 +31,8 @@ FLASK = (sys.executable, "-m", "flask", "--app", "app", "run", "--port")
 WITHOUT_GUNICORN = (
     sys.executable,
     "-c",
-    "import importlib.util as u, runpy; find = u.find_spec;"
-    "u.find_spec = lambda name, *a: None if name == 'gunicorn' else find(name, *a);"
-    "runpy.run_path('app.py', run_name='__main__')",
+    "import runpy, sys; sys.modules['gunicorn'] = None;"
+    "sys.path.insert(0, ''); runpy.run_path('app.py', run_name='__main__')",
 )
 
 
@@ -240,13 +247,153 @@ def test_flask_run_serves_the_same_app(tmp_path: Path) -> None:
         assert service.process.poll() is None
 
 
-def test_without_gunicorn_the_demo_serves_with_threads(tmp_path: Path) -> None:
-    with Service(tmp_path, *WITHOUT_GUNICORN) as service, closing(requests.Session()) as session:
-        answers = [session.post(f"{service.url}/buy_ticket", timeout=10) for _ in range(3)]
+def test_without_gunicorn_the_demo_serves_by_waitress(tmp_path: Path) -> None:
+    with Service(tmp_path, *WITHOUT_GUNICORN, ALLOW_RESET="") as service:
+        answers = [requests.post(f"{service.url}/buy_ticket", timeout=10) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200] * 3
-        assert "Werkzeug" not in answers[0].headers["Server"]
-        for line in (b"NONSENSE", b"GET /inventory HTTP/9.9"):
+        assert answers[0].headers["Server"] == "flash-sale"
+        service.reset(7)
+        for lines in (b"NONSENSE", b"POST /buy_ticket HTTP/1.1\r\nContent-Length: many"):
             with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
-                client.sendall(line + b"\r\n\r\n")
-                raw = b"".join(iter(lambda: client.recv(65536), b""))
-            assert json.loads(raw.rpartition(b"\r\n\r\n")[2])["success"] is False
+                client.sendall(lines + b"\r\n\r\n")
+                answer = b"".join(iter(lambda: client.recv(65536), b""))
+            assert b"Content-Type: application/json" in answer
+            assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["success"] is False
+        assert service.get("/audit")["purchase_records"] == 0
+
+
+def test_importing_the_module_opens_nothing_and_says_nothing(tmp_path: Path) -> None:
+    statements = "import app; app.create_app; app.VERSION"
+    done = run_to_end((sys.executable, "-c", statements), DATABASE_URL=f"sqlite:///{tmp_path}/a.db")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [("--threads", "4"), ("-k", "gthread"), ("-k", "gevent")])
+def test_workers_that_would_lose_buyers_at_a_stop_are_refused_in_one_line(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    url = f"sqlite:///{tmp_path}/inventory.db"
+    done = run_to_end((*GUNICORN, *options), DATABASE_URL=url, PORT=str(free_port()))
+    assert done.returncode == 4
+    assert re.fullmatch(r"Cannot start: .*(gthread|gevent|4 threads) would lose .*\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+ODD_OUTPUTS = {"without UTF-8": "", "a full disk": ">/dev/full", "closed": ">&-"}
+
+
+@pytest.mark.parametrize("output", ODD_OUTPUTS.values(), ids=ODD_OUTPUTS)
+def test_nothing_that_is_printed_stops_a_start(tmp_path: Path, output: str) -> None:
+    terminal = ("sh", "-c", f'exec "$0" "$@" {output}')
+    variables = {"ITEM_NAME": "Zoë's show \N{TICKET}", "PYTHONIOENCODING": "ascii"}
+    with Service(tmp_path, *terminal, *LOCAL_DEMO, **variables) as service:
+        assert service.get("/inventory")["item_name"] == variables["ITEM_NAME"]
+        assert ("Zo\\xeb's show \\U0001f3ab" in service.log) == (output == "")
+
+
+def test_the_demo_starts_through_a_link_beside_another_app(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("raise SystemExit('the wrong app')")
+    (tmp_path / "demo.py").symlink_to(PROJECT / "app.py")
+    demo = (sys.executable, "demo.py")
+    with Service(tmp_path, *demo, cwd=tmp_path, DATABASE_URL="sqlite:///link.db") as service:
+        assert service.buy().status_code == 200
+        assert requests.get(f"{service.url}/openapi.json", timeout=10).json()["openapi"]
+    assert (tmp_path / "link.db").exists()
+
+
+def test_the_demo_starts_in_a_folder_with_a_colon(copy_of_the_program: Path) -> None:
+    folder = copy_of_the_program.rename(copy_of_the_program.with_name("a:b, c d"))
+    with Service(folder, *LOCAL_DEMO, cwd=folder, DATABASE_URL="sqlite:///sale.db") as service:
+        assert service.buy().status_code == 200
+
+
+def test_gunicorn_in_another_folder_says_the_whole_command_and_that_works(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/inventory.db"
+    silent = run_to_end(GUNICORN, cwd=tmp_path, DATABASE_URL=url, PYTHONPATH=str(PROJECT))
+    assert silent.returncode == 4
+    (command,) = re.findall(
+        "Cannot start: gunicorn has not read gunicorn.conf.py - run (.*)", silent.stderr
+    )
+    with Service(tmp_path, *shlex.split(command), cwd=tmp_path) as service:
+        assert service.buy().status_code == 200
+
+
+def test_reset_is_closed_on_an_address_that_gunicorns_own_variable_opens(tmp_path: Path) -> None:
+    port = free_port()
+    variables = {"ALLOW_RESET": "", "PORT": str(port), "HOST": "127.0.0.2"}
+    elsewhere = f"--bind 127.0.0.2:{port}"
+    with Service(tmp_path, *LOCAL_DEMO, **variables | {"GUNICORN_CMD_ARGS": elsewhere}) as service:
+        assert f"URL:                 http://127.0.0.2:{port}\n" in service.log
+        assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1", 200), ("localhost", 200), ("[::1]", 200), ("shop.example", 403)],
+)
+def test_the_demo_resets_for_whoever_calls_this_machine_by_its_own_name(
+    tmp_path: Path, host: str, status: int
+) -> None:
+    with Service(tmp_path, *LOCAL_DEMO, ALLOW_RESET="") as service:
+        headers = {"Host": f"{host}:{service.port}"}
+        assert (
+            requests.post(f"{service.url}/reset", headers=headers, timeout=10).status_code == status
+        )
+
+
+@pytest.mark.parametrize("command", ["init-db", "audit"])
+def test_a_command_whose_database_fails_meanwhile_ends_in_one_line(
+    tmp_path: Path, command: str
+) -> None:
+    fails_later = (
+        "import db, sys; from flask.cli import main\n"
+        "def fail(store): raise db.Unavailable('disk I/O error')\n"
+        "db.SQLiteStore.inventory = db.SQLiteStore.audit = fail\n"
+        f"sys.argv = ['flask', '--app', 'app', '{command}']; main()"
+    )
+    done = run_to_end(
+        (sys.executable, "-c", fails_later), DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db"
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == "Cannot start: disk I/O error\n"
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """The test's folder for everybody: pytest keeps it for its own user."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o777 == 0o700:
+            folder.chmod(0o755)
+    return tmp_path
+
+
+def test_a_file_that_the_workers_user_cannot_write_is_refused_by_its_owner(
+    open_folder: Path,
+) -> None:
+    need_root("gunicorn --user")
+    path = open_folder / "inventory.db"
+    done = run_to_end(
+        (*GUNICORN, "--user", "nobody"), DATABASE_URL=f"sqlite:///{path}", PORT=str(free_port())
+    )
+    assert done.returncode == 4
+    refusal = f"{path} belongs to root, this process is nobody, who may not write there"
+    assert f"Cannot start: {path}: {refusal}\n" in done.stderr
+    assert "Selling from" not in done.stderr
+    assert path.stat().st_uid == 0
+
+
+def test_the_workers_user_sells_from_a_file_of_its_own(open_folder: Path) -> None:
+    need_root("gunicorn --user")
+    folder = open_folder / "sale"
+    folder.mkdir()
+    os.chown(folder, NOBODY, -1)
+    (folder / "inventory.db").touch(0o600)
+    os.chown(folder / "inventory.db", NOBODY, -1)
+    command = patched("import encodings.idna")  # nobody may not read an interpreter of root's
+    with Service(folder, *command, GUNICORN_CMD_ARGS="--user nobody") as service:
+        assert service.buy().status_code == 200
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in service.workers()} == {NOBODY}

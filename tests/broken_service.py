@@ -1,9 +1,9 @@
-"""A small sale server with one fault at a time, to see whether the proof can say no.
+"""A small service with one fault at a time, to see whether the proof can say no.
 
-    python tests/broken_server.py --fault no_lock        (or BROKEN_FAULT=no_lock in the environment)
+    python tests/broken_service.py --fault no_lock     (or BROKEN_FAULT=no_lock in the environment)
 
-It reads DATABASE_URL (sqlite:////absolute/path), HOST, PORT and WEB_CONCURRENCY like the service itself, so
-that a copy of it called app.py, beside a copy of the proof, is started and killed exactly as the service is.
+It reads DATABASE_URL (sqlite:////absolute/path), HOST, PORT and WEB_CONCURRENCY like the service
+itself. So a copy of it called app.py, beside a copy of the proof, is started and killed as that is.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sqlite3
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from flask import Flask, request
@@ -30,6 +32,9 @@ FAULTS = {
     "after_sell_out": "answers one in 200 with 200 after the sell-out",
     "stale": "answers GET /inventory from a cache",
     "sells_again": "sells again when a key is repeated",
+    "forgets_keys": "forgets all keys whenever a worker starts",
+    "refill_at_start": "fills the stock when the service starts",
+    "two_children": "honest; a child that isn't a worker writes its process id, and ends with it",
 }
 ONE_IN = 200
 CACHE_S = 0.25
@@ -38,7 +43,7 @@ SOLD_OUT = {"success": False, "message": "SOLD OUT", "remaining_stock": 0}, 410
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS item (initial INTEGER NOT NULL, stock INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS purchase (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE, remaining INTEGER
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE, remaining INTEGER, customer TEXT
 );
 """
 
@@ -64,38 +69,38 @@ def stock_of(db: sqlite3.Connection) -> int:
     return int(db.execute("SELECT stock FROM item").fetchone()[0])
 
 
-def store(db: sqlite3.Connection, stock: int, key: str | None) -> Answer:
+def store(db: sqlite3.Connection, stock: int, customer: str, key: str | None) -> Answer:
     db.execute("UPDATE item SET stock = ?", (stock - 1,))
-    row = db.execute("INSERT INTO purchase (key, remaining) VALUES (?, ?)", (key, stock - 1))
-    return {"success": True, "remaining_stock": stock - 1, "purchase_id": row.lastrowid}, 200
+    insert = "INSERT INTO purchase (key, remaining, customer) VALUES (?, ?, ?)"
+    number = db.execute(insert, (key, stock - 1, customer)).lastrowid
+    return {"success": True, "remaining_stock": stock - 1, "purchase_id": number}, 200
 
 
 def buy_without_lock(db: sqlite3.Connection) -> Answer:
     stock = stock_of(db)
-    return store(db, stock, None) if stock > 0 else SOLD_OUT
+    return store(db, stock, "", None) if stock > 0 else SOLD_OUT
 
 
-def buy(db: sqlite3.Connection, key: str | None, fault: str) -> Answer:
+def buy(db: sqlite3.Connection, customer: str, key: str | None, fault: str) -> Answer:
     if fault == "no_lock":
         return buy_without_lock(db)
-    asked = "SELECT id, remaining FROM purchase WHERE key = ?"
+    asked = "SELECT id, remaining, customer FROM purchase WHERE key = ?"
     if fault == "no_recheck" and stock_of(db) <= 0 and not db.execute(asked, (key,)).fetchone():
         return SOLD_OUT
     unlucky = dice.randrange(ONE_IN) == 0
     db.execute("BEGIN IMMEDIATE")
     known = db.execute(asked, (key,)).fetchone()
     stock = stock_of(db)
-    if known and fault != "sells_again":
-        answer: Answer = (
-            {"success": True, "remaining_stock": known[1], "purchase_id": known[0]},
-            200,
-        )
+    if known and known[2] != customer:
+        answer: Answer = {"success": False, "message": "another customer's key"}, 422
+    elif known and fault != "sells_again":
+        answer = {"success": True, "remaining_stock": known[1], "purchase_id": known[0]}, 200
     elif stock <= 0 and fault != "no_recheck":
         answer = SOLD_OUT
         if unlucky and fault == "after_sell_out":
             answer = {"success": True, "remaining_stock": 0, "purchase_id": 1_000_000}, 200
     else:
-        answer = store(db, stock, None if known else key)
+        answer = store(db, stock, customer, None if known else key)
         if unlucky and fault == "same_level":
             answer[0]["remaining_stock"] += 1
     stored = answer[1] == 200 and not known
@@ -107,9 +112,10 @@ def create_app(fault: str) -> Flask:
     app = Flask(__name__)
     cache: dict[str, Any] = {"until": 0.0}
     create()
-    if fault == "refill":
+    if fault in ("refill", "forgets_keys"):
         with closing(connect()) as db:
-            db.execute("UPDATE item SET stock = initial")
+            refill = "UPDATE item SET stock = initial"
+            db.execute(refill if fault == "refill" else "UPDATE purchase SET key = NULL")
 
     @app.get("/health")
     def health() -> Answer:
@@ -128,7 +134,8 @@ def create_app(fault: str) -> Flask:
     @app.post("/buy_ticket")
     def buy_ticket() -> Answer:
         with closing(connect()) as db:
-            return buy(db, request.headers.get("Idempotency-Key"), fault)
+            customer = request.get_json()["customer_id"]
+            return buy(db, customer, request.headers.get("Idempotency-Key"), fault)
 
     @app.get("/inventory")
     def inventory() -> Answer:
@@ -158,12 +165,29 @@ class Server(BaseApplication):  # type: ignore[misc]
         )
         self.cfg.set("workers", int(os.environ.get("WEB_CONCURRENCY", "4")))
         self.cfg.set("control_socket_disable", True)
+        self.cfg.set("when_ready", when_ready)
 
     def load(self) -> Flask:
         return create_app(self.fault)  # in each worker, when it starts
 
 
+def when_ready(arbiter: Any) -> None:
+    """A child as a metrics process would be: the listening socket is open in it, too."""
+    if arbiter.app.fault == "two_children":
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pause()
+        with Path(os.environ["CHILD_FILE"]).open("a") as file:
+            file.write(f"{child}\n")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(epilog="; ".join(f"{k}: {v}" for k, v in FAULTS.items()))
     parser.add_argument("--fault", choices=FAULTS, default=os.environ.get("BROKEN_FAULT", "none"))
-    Server(parser.parse_args().fault).run()
+    chosen = parser.parse_args().fault
+    if chosen == "refill_at_start":
+        create()
+        with closing(connect()) as db:
+            db.execute("UPDATE item SET stock = initial")
+    Server(chosen).run()
