@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from edge import (
+    BALANCER,
     CONF,
     Upstream,
     address,
@@ -29,10 +30,6 @@ from service import PROJECT, Answer, Service, free_port, need, parse_answer, run
 from test_edge_cache import OLDEST_S
 
 SALE = '{"success": true}'
-BALANCER = {  # the comment's two lines: whoever asks is named by a header
-    "#   set_real_ip_from 192.0.2.0/24;": "set_real_ip_from 127.0.0.1;",
-    "#   real_ip_header": "real_ip_header",
-}
 
 
 @pytest.fixture(scope="module")
