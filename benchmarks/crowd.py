@@ -241,6 +241,7 @@ def report(stock: int, buyers: int, attempts: list[Attempt]) -> dict[str, Any]:
         "answers": dict(sorted(Counter(a.status for a in attempts).items())),
         "without a final answer": sum(a.status not in (SOLD, SOLD_OUT) for a in last.values()),
         "resets and lost connections": dict(Counter(a.note for a in attempts if a.status == LOST)),
+        "first sold after s": round(min((a.end for a in sold), default=first) - first, 2),
         "all sold after s": round(max((a.end for a in sold), default=first) - first, 2),
         "median answered after s": round(waits[len(waits) // 2], 2),
         "99% answered after s": round(waits[int(len(waits) * 0.99)], 2),
