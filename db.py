@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlite import setup
 from sqlite.engine import ORIGIN, primary_code, sqlite3
 from sqlite.locks import LockTimeoutError, retry_while_locked
-from sqlite.wal import SET_SYNCHRONOUS, FlushError, StoppedError, WalDatabase, WalReader
+from sqlite.wal import FlushError, StoppedError, WalDatabase, WalReader
 
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
@@ -51,8 +51,7 @@ class SQLiteStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
-        with self.faults, self.file.reader() as reader:
-            self.file.require_running()
+        with self.faults, self.file.reader(to_write=True) as reader:
             try:
                 purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
             except (SoldOut, KeyReused):
@@ -61,6 +60,14 @@ class SQLiteStore:
             self.file.flush(reader)  # a replay too: its first answer may have died before the flush
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
             self._checkpoint()
+        return purchase
+
+    def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
+        """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
+        with self.faults, self.file.reader() as reader:
+            purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
+            if purchase is not None:
+                self.file.flush(reader)
         return purchase
 
     def _find_or_sell(
@@ -87,8 +94,7 @@ class SQLiteStore:
         timeout_s = self.lock_timeout_s if timeout_s is None else timeout_s
         connection = self.file.connect(patience_s=0)
         try:
-            retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
-            self.file.require_running()  # the wait may have been long
+            self.file.begin(connection, timeout_s)
             yield connection
             self.file.commit(connection)
         except BaseException:
@@ -108,7 +114,7 @@ class SQLiteStore:
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self.faults, self.file.reader() as reader:
+        with self.faults, self.file.reader(to_write=True) as reader:
             with self._transaction() as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
@@ -122,8 +128,9 @@ class SQLiteStore:
         Raises Unavailable or Busy if no purchase could be made.
         """
         try:
-            with self.faults, self.file.reader() as reader:
+            with self.faults, self.file.reader(to_write=True) as reader:
                 with self._transaction() as connection:
+                    setup.has_our_tables(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
@@ -164,6 +171,15 @@ class SQLiteStore:
     def stopped(self) -> str:
         """Why this service sells nothing until a restart; "" while it sells."""
         return self.file.stopped
+
+    def measure(
+        self, on_lock_wait: Callable[[float], object], on_checkpoint: Callable[[], object]
+    ) -> None:
+        """Tell of each wait for the write lock, in seconds, and of each checkpoint."""
+        self.file.on_lock_wait, self.file.on_checkpoint = on_lock_wait, on_checkpoint
+
+    def gauges(self) -> dict[str, float]:
+        return self.file.gauges()
 
     def close(self) -> None:
         """Close this process's standing connections."""
@@ -281,7 +297,7 @@ class StoreErrors:
             raise RestartNeeded(f"{self.path}: {error}") from error
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT:
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT and not setup.is_moved(error):
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error

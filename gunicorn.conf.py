@@ -7,7 +7,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a start in another folder
 
-from serving import draining, http_errors
+from serving import draining, exporter, http_errors, metrics, watch
 from serving.config import ConfigError, address, read_config
 from serving.starting import acting_as, cannot_start
 
@@ -29,24 +29,27 @@ forwarder_headers = ""  # a client's header SCRIPT_NAME must not change where a 
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # no query string, no body
 
 
+def store() -> Any:
+    from app import app
+
+    return app.extensions["store"]
+
+
 def on_starting(server: Any) -> None:
-    from app import app, one_line_for_a_failure
+    from app import one_line_for_a_failure
 
     with one_line_for_a_failure(), acting_as(server.cfg.uid, server.cfg.gid):
-        app.extensions["store"].create()  # again, with the workers' rights
+        store().create()  # again, with the workers' rights
 
 
 def when_ready(server: Any) -> None:
-    from app import app
-
-    server.log.info("Selling from %s", app.extensions["store"])
+    server.log.info("Selling %s, from %s", watch.OFFER[0], store())
     draining.install(server)
+    exporter.install(server, store(), variables["HOST"], variables["METRICS_PORT"])
 
 
 def pre_exec(server: Any) -> None:
-    from app import app
-
-    if stopped := getattr(app.extensions["store"], "stopped", ""):  # a new master wouldn't know
+    if stopped := getattr(store(), "stopped", ""):  # a new master wouldn't know
         cannot_start(stopped)
     draining.before_upgrade(server)
 
@@ -61,6 +64,12 @@ def post_worker_init(worker: Any) -> None:
 
 def worker_exit(server: Any, worker: Any) -> None:
     draining.answer_backlog(worker)
+    if worker.is_orphan:  # the master can't any more
+        metrics.remove_folder()
+
+
+def on_exit(server: Any) -> None:
+    metrics.remove_folder()
 
 
 http_errors.install()

@@ -7,7 +7,6 @@ A sale is one statement, one round trip: the row lock is never held across the n
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psycopg
 from psycopg import errors
@@ -17,7 +16,7 @@ from postgres import setup
 from postgres.connections import Connections, Row, Statement, one_line, place, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
-CREATE_PATIENCE_S = 10.0  # at the start, however short the lock timeout
+CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
 
 
 class PostgresStore:
@@ -41,6 +40,7 @@ class PostgresStore:
         self.lock_timeout_s = lock_timeout_s
         self._connections = Connections(url, lock_timeout_s, pool_size, pool_timeout_s)
         self._place = place(url)
+        self._on_lock_wait: Callable[[float], object] = lambda seconds: None
         self._first_statement = SELL  # a guess at what is cheaper: the database decides each time
 
     def buy(
@@ -61,9 +61,12 @@ class PostgresStore:
         while True:
             if statement is SELL and idempotency_key is None:
                 _require_buyer(buyer_is_there)
+            asked = time.monotonic()
             purchase_id, remaining_stock, owner, stock = self._ask(
                 [[(statement, sale[statement])]], deadline, repeatable=idempotency_key is not None
             )[0]
+            if statement is SELL:
+                self._on_lock_wait(time.monotonic() - asked)
             if owner not in (None, customer_id):
                 raise db.KeyReused
             if purchase_id is not None and statement is SELL:
@@ -72,6 +75,16 @@ class PostgresStore:
                 self._first_statement = LOOK
                 raise db.SoldOut
             self._first_statement = statement = SELL
+
+    def find(self, customer_id: str, idempotency_key: str) -> db.Purchase | None:
+        """What the key has bought already, as `buy` replays it. Raises KeyReused."""
+        deadline = time.monotonic() + self.lock_timeout_s
+        purchase_id, remaining_stock, owner = self._ask(
+            [[(FIND, (idempotency_key,))]], deadline, repeatable=True
+        )[0]
+        if owner not in (None, customer_id):
+            raise db.KeyReused
+        return None if owner is None else db.Purchase(purchase_id, remaining_stock, replayed=True)
 
     def inventory(self) -> db.Inventory:
         return db.Inventory(*self._read(FIND_INVENTORY)[0])
@@ -101,6 +114,19 @@ class PostgresStore:
         except psycopg.Error as error:
             raise db.Unavailable(one_line(error)) from error
 
+    def measure(
+        self, on_lock_wait: Callable[[float], object], on_checkpoint: Callable[[], object]
+    ) -> None:
+        """Tell the seconds of each statement that sells, with its wait for the row's lock."""
+        self._on_lock_wait = on_lock_wait
+
+    def gauges(self) -> dict[str, float]:
+        """For a monitor: seconds for which the oldest snapshot has kept dead rows.
+
+        Without the right pg_read_all_stats only this role's own are seen.
+        """
+        return {"oldest_snapshot_seconds": float(self._read(OLDEST_SNAPSHOT)[0][0])}
+
     def close(self) -> None:
         """Close this process's connections."""
         self._connections.close()
@@ -128,7 +154,10 @@ class PostgresStore:
         unknown: db.OutcomeUnknown | None = None
         while True:
             try:
-                return [row_of(o) for o in self._connections.ask(deadline, *transactions)]
+                rows = [row_of(o) for o in self._connections.ask(deadline, *transactions)]
+                if () in rows:
+                    raise db.Unavailable("the inventory table is empty")
+                return rows
             except psycopg.Error as error:
                 refusal = _refusal(error, time.monotonic() - started)
                 again = isinstance(error, UNDONE)
@@ -155,7 +184,7 @@ def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
     code, severity = error.sqlstate or "08", error.diag.severity_nonlocalized
     if code.startswith("08") or code == "40003" or severity == "PANIC":
         return db.OutcomeUnknown(one_line(error))
-    if isinstance(error, WAITED):
+    if isinstance(error, WAITED + CONFLICTS):
         return db.Busy(waited_s)
     if isinstance(error, errors.IntegrityError) and not isinstance(error, UNDONE):
         raise error  # a bug, refused by a constraint
@@ -187,22 +216,30 @@ SELL = """
 LOOK = """
     SELECT purchase_id, remaining_stock, customer_id, stock
     FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
+FIND = """
+    WITH bought AS (
+        SELECT purchase_id, remaining_stock, customer_id FROM purchases
+        WHERE idempotency_key = $1 FOR UPDATE
+    )
+    SELECT purchase_id, remaining_stock, customer_id
+    FROM inventory LEFT JOIN bought ON true WHERE item_id = 1"""
 FIND_INVENTORY = """
     SELECT item_id, item_name, stock, initial_stock, initial_stock - stock,
         to_char(last_updated AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM inventory"""
 COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
+OLDEST_SNAPSHOT = """
+    SELECT ceil(coalesce(extract(epoch FROM max(clock_timestamp() - xact_start)), 0))::bigint
+    FROM pg_stat_activity WHERE backend_xmin IS NOT NULL"""
 TOUCH = "UPDATE inventory SET stock = stock RETURNING item_id"
 # One transaction. purchases comes first: a sale holds on to it while it waits for the row.
 TRUNCATE = "TRUNCATE purchases"
 SET_STOCK = """
     UPDATE inventory SET stock = $1::integer, initial_stock = $1::integer,
-        last_updated = clock_timestamp()"""
+        last_updated = clock_timestamp()
+    RETURNING item_id"""
 
 WAITED = (errors.LockNotAvailable, errors.QueryCanceled)
-UNDONE = (  # another attempt may succeed where this one certainly sold nothing
-    errors.SerializationFailure,
-    errors.DeadlockDetected,
-    errors.UniqueViolation,
-    errors.AdminShutdown,  # stopping, or
-    errors.ReadOnlySqlTransaction,  # no longer the primary
-)
+CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no longer the primary
+# Another attempt may succeed where this one certainly sold nothing.
+UNDONE = (*CONFLICTS, *MOVED, errors.UniqueViolation)

@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -124,6 +125,8 @@ class WalDatabase:
         self.uri = path.as_uri()  # quoted once: each purchase opens it
         self._idle: defaultdict[int, deque[WalReader]] = defaultdict(deque)  # by process id
         self._cause = mmap.mmap(-1, 1)  # anonymous: of all processes that are forked from this one
+        self.on_lock_wait: Callable[[float], object] = lambda seconds: None
+        self.on_checkpoint: Callable[[], object] = lambda: None
 
     def stop(self, cause: int) -> None:
         self._cause[0] = self._cause[0] or cause
@@ -154,8 +157,13 @@ class WalDatabase:
             connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
-    def reader(self) -> WalReader:
-        """This process's standing connection, or one more while another thread uses it."""
+    def reader(self, to_write: bool = False) -> WalReader:
+        """This process's standing connection, or one more while another thread uses it.
+
+        Raises StoppedError where something is to be written or confirmed after a stop.
+        """
+        if to_write:
+            self.require_running()
         idle = self._idle[os.getpid()]  # a fork must not share them
         while True:
             try:
@@ -165,6 +173,13 @@ class WalDatabase:
             if reader.is_current():
                 return reader
             reader.close()
+
+    def begin(self, connection: sqlite3.Connection, lock_timeout_s: float) -> None:
+        """Take the write lock. Raises LockTimeoutError and StoppedError."""
+        started = time.monotonic()
+        retry_while_locked(connection, lock_timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+        self.on_lock_wait(time.monotonic() - started)
+        self.require_running()  # the wait may have been long
 
     def commit(self, connection: sqlite3.Connection) -> None:
         """Raises FlushError where nobody can know whether the transaction is stored."""
@@ -215,6 +230,7 @@ class WalDatabase:
             except sqlite3.Error as error:
                 self._stop_if_flush_failed(error)
                 raise
+        self.on_checkpoint()
         if copied < frames:
             log.warning("checkpoint incomplete, the WAL grows: a reader stays in %s", self.path)
 
@@ -232,6 +248,11 @@ class WalDatabase:
                 return
             connection.execute("COMMIT")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def gauges(self) -> dict[str, float]:
+        """For a monitor: the bytes of the WAL, and 1 if a flush failed."""
+        size = os.stat(f"{self.path}-wal").st_size
+        return {"wal_bytes": size, "flush_failed": float(self._cause[0] == FLUSH_FAILED)}
 
     def close(self) -> None:
         """Close this process's standing connections."""

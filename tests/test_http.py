@@ -185,7 +185,7 @@ def test_the_audit_sees_a_purchase_that_is_missing(client: Client, database: Any
 def test_metrics_are_prometheus_text(client: Client) -> None:
     buy(client)
     answer = client.get("/metrics")
-    assert answer.content_type == "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.content_type == "text/plain; version=1.0.0; charset=utf-8"
     samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
     assert samples == ["flash_sale_stock 4", "flash_sale_sold 1", "flash_sale_initial_stock 5"]
     assert answer.text.count("# HELP ") == answer.text.count("# TYPE ") == 3
