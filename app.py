@@ -291,7 +291,7 @@ def one_line_for_a_failure() -> Iterator[None]:
         cannot_start(error)
 
 
-def start() -> Flask:
+def app_or_exit() -> Flask:
     """The app that this process serves."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s"
@@ -309,7 +309,7 @@ def __getattr__(name: str) -> Flask:
     """`app`, made when gunicorn or flask asks for it: a mere `import app` opens nothing."""
     if name != "app":
         raise AttributeError(name)
-    globals()[name] = start()
+    globals()[name] = app_or_exit()
     return cast(Flask, globals()[name])
 
 

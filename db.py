@@ -51,8 +51,7 @@ class SQLiteStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
-        with self.faults, self.file.reader() as reader:
-            self.file.require_running()
+        with self.faults, self.file.reader(to_write=True) as reader:
             try:
                 purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
             except (SoldOut, KeyReused):
@@ -115,7 +114,7 @@ class SQLiteStore:
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self.faults, self.file.reader() as reader:
+        with self.faults, self.file.reader(to_write=True) as reader:
             with self._transaction() as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
@@ -129,8 +128,9 @@ class SQLiteStore:
         Raises Unavailable or Busy if no purchase could be made.
         """
         try:
-            with self.faults, self.file.reader() as reader:
+            with self.faults, self.file.reader(to_write=True) as reader:
                 with self._transaction() as connection:
+                    setup.has_our_tables(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
@@ -297,7 +297,7 @@ class StoreErrors:
             raise RestartNeeded(f"{self.path}: {error}") from error
         if isinstance(error, FlushError):
             raise OutcomeUnknown(str(error)) from error
-        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT:
+        if primary_code(error) == sqlite3.SQLITE_CONSTRAINT and not setup.is_moved(error):
             return
         if isinstance(error, sqlite3.DatabaseError | OSError):
             raise Unavailable(f"{self.path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: made after the fork, checked before use, with a deadline for each step.
+"""Connections to PostgreSQL: made after the fork, checked before use, each step with a deadline.
 
 psycopg opens a connection and cancels on it. A sale speaks to libpq through `psycopg.pq`: that
 costs half of what a cursor does, and its waits can be bounded.
@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import chain
 from queue import Empty, LifoQueue
 from threading import Lock
 from typing import Any
@@ -116,9 +117,11 @@ class Connections:
     def _open(self, host: str) -> "Connection":
         connection = Connection.connect(host, autocommit=True)
         connection.add_notice_handler(connection.take_notice)
+        connection.pgconn.enter_pipeline_mode()
         set_up = [(SET_UP, (*self._timeouts, self.schema))]
         try:
-            row_of(*connection.ask(time.monotonic() + SET_UP_TIMEOUT_S, set_up))
+            deadline = time.monotonic() + SET_UP_TIMEOUT_S
+            row_of(*connection.ask(deadline, set_up, prepare=False))
         except BaseException:
             connection.close()
             raise
@@ -185,26 +188,27 @@ class Connection(psycopg.Connection[Row]):
         selector.register(self.pgconn.socket, selectors.EVENT_READ)
         return selector
 
-    def ask(self, deadline: float, *transactions: Sequence[Statement]) -> list[Outcome]:
+    def ask(
+        self, deadline: float, *transactions: Sequence[Statement], prepare: bool = True
+    ) -> list[Outcome]:
         """What came of each transaction: its last row, or the error. All are sent in one trip.
 
         Without an answer that is an OperationalError: after `deadline`, of time.monotonic(), and
         another CANCEL_TIMEOUT_S in which the server may cancel. Raises only before they are sent.
         """
         self._deadline = deadline
-        for statement in {text for transaction in transactions for text, _ in transaction}:
+        for statement, _ in chain(*transactions) if prepare else ():
             if statement not in self._names:
                 self._prepare(statement)
-        self.pgconn.enter_pipeline_mode()
         for transaction in transactions:
             for statement, parameters in transaction:
                 texts = [text if text is None else text.encode() for text in parameters]
-                self.pgconn.send_query_prepared(self._names[statement], texts)
+                if prepare:
+                    self.pgconn.send_query_prepared(self._names[statement], texts)
+                else:
+                    self.pgconn.send_query_params(statement.encode(), texts)
             self.pgconn.pipeline_sync()
-        outcomes = [self._outcome() for _ in transactions]
-        if self.is_as_before(outcomes):
-            self.pgconn.exit_pipeline_mode()
-        return outcomes
+        return [self._outcome() for _ in transactions]
 
     def is_as_before(self, outcomes: list[Outcome]) -> bool:
         """Whether another purchase may use it."""
@@ -228,12 +232,8 @@ class Connection(psycopg.Connection[Row]):
     def _prepare(self, statement: str) -> None:
         name = b"%d" % len(self._names)
         self.pgconn.send_prepare(name, statement.encode())
-        failures = []
-        while result := self._next_result():
-            if result.status != ExecStatus.COMMAND_OK:
-                failures.append(errors.error_from_result(result))
-        if failures:
-            raise failures[0]
+        self.pgconn.pipeline_sync()
+        row_of(self._outcome())
         self._names[statement] = name
 
     def _outcome(self) -> Outcome:

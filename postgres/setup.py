@@ -1,5 +1,6 @@
 """What a PostgreSQL database has to be before anything is sold from it, and how it becomes that."""
 
+from contextlib import closing
 from pathlib import Path
 
 import db
@@ -48,7 +49,7 @@ PID = "SELECT pg_backend_pid()"
 
 def create(connections: Connections, item_name: str, stock: int, deadline: float) -> None:
     """Make the tables and the first stock, if they aren't there. Existing tables are only read."""
-    with connections.open(deadline) as connection:
+    with closing(connections.open(deadline)) as connection:
         _require_own_session(connections, connection, deadline)
         if not has_our_tables(_ask(connection, deadline, EXAMINE)):
             _create_tables(connection, deadline, item_name, stock)
@@ -69,8 +70,8 @@ def require(examined: Row) -> None:
         raise db.Unavailable(examined[-1])
 
 
-def _ask(connection: Connection, deadline: float, statement: str) -> Row:
-    return row_of(*connection.ask(deadline, [(statement, ())]))
+def _ask(connection: Connection, deadline: float, statement: str, *parameters: str) -> Row:
+    return row_of(*connection.ask(deadline, [(statement, parameters)], prepare=False))
 
 
 def _create_tables(connection: Connection, deadline: float, item_name: str, stock: int) -> None:
@@ -79,7 +80,7 @@ def _create_tables(connection: Connection, deadline: float, item_name: str, stoc
     if not has_our_tables(_ask(connection, deadline, EXAMINE)):  # else another process was first
         for statement in SCHEMA.read_text("utf-8").split(";\n"):
             _ask(connection, deadline, statement)
-        row_of(*connection.ask(deadline, [(FIRST_STOCK, (item_name, str(stock)))]))
+        _ask(connection, deadline, FIRST_STOCK, item_name, str(stock))
     _ask(connection, deadline, "COMMIT")
 
 
@@ -87,7 +88,11 @@ def _require_own_session(connections: Connections, first: Connection, deadline: 
     """No pooler in transaction mode: prepared statements and settings would be other people's."""
     if _ask(first, deadline, PID)[0] == first.pgconn.backend_pid:
         return  # no pooler
-    with connections.open(deadline) as second:
+    try:
+        another = connections.open(deadline)
+    except db.Unavailable:  # it waits for a server: the first one has its own
+        return
+    with closing(another) as second:
         pids = [_ask(one, deadline, PID)[0] for one in (first, second) * 3]
     if pids[0] == pids[1] or pids != pids[:2] * 3:
         raise db.Unavailable("this pooler shares sessions: PgBouncer needs pool_mode = session")

@@ -16,7 +16,7 @@ from postgres import setup
 from postgres.connections import Connections, Row, Statement, one_line, place, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
-CREATE_PATIENCE_S = 10.0  # at the start, however short the lock timeout
+CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
 
 
 class PostgresStore:
@@ -154,7 +154,10 @@ class PostgresStore:
         unknown: db.OutcomeUnknown | None = None
         while True:
             try:
-                return [row_of(o) for o in self._connections.ask(deadline, *transactions)]
+                rows = [row_of(o) for o in self._connections.ask(deadline, *transactions)]
+                if () in rows:
+                    raise db.Unavailable("the inventory table is empty")
+                return rows
             except psycopg.Error as error:
                 refusal = _refusal(error, time.monotonic() - started)
                 again = isinstance(error, UNDONE)
@@ -181,7 +184,7 @@ def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
     code, severity = error.sqlstate or "08", error.diag.severity_nonlocalized
     if code.startswith("08") or code == "40003" or severity == "PANIC":
         return db.OutcomeUnknown(one_line(error))
-    if isinstance(error, WAITED):
+    if isinstance(error, WAITED + CONFLICTS):
         return db.Busy(waited_s)
     if isinstance(error, errors.IntegrityError) and not isinstance(error, UNDONE):
         raise error  # a bug, refused by a constraint
@@ -232,13 +235,11 @@ TOUCH = "UPDATE inventory SET stock = stock RETURNING item_id"
 TRUNCATE = "TRUNCATE purchases"
 SET_STOCK = """
     UPDATE inventory SET stock = $1::integer, initial_stock = $1::integer,
-        last_updated = clock_timestamp()"""
+        last_updated = clock_timestamp()
+    RETURNING item_id"""
 
 WAITED = (errors.LockNotAvailable, errors.QueryCanceled)
-UNDONE = (  # another attempt may succeed where this one certainly sold nothing
-    errors.SerializationFailure,
-    errors.DeadlockDetected,
-    errors.UniqueViolation,
-    errors.AdminShutdown,  # stopping, or
-    errors.ReadOnlySqlTransaction,  # no longer the primary
-)
+CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no longer the primary
+# Another attempt may succeed where this one certainly sold nothing.
+UNDONE = (*CONFLICTS, *MOVED, errors.UniqueViolation)

@@ -139,6 +139,7 @@ def run_crowd(crowd: Crowd) -> list[Attempt]:
     """All connect, wait for one another, and buy at one common moment."""
     moment: list[float] = []
     served = count(1)
+    given_up = threading.Event()
 
     def name_moment() -> None:
         if barrier_of_processes:
@@ -157,6 +158,8 @@ def run_crowd(crowd: Crowd) -> list[Attempt]:
                 deadline = moment[0] + SALE_TIMEOUT_S
                 attempts += insist(crowd, thread, order, connection, deadline, prepared)
                 prepared = None
+                if given_up.is_set():
+                    break
                 if crowd.progress_every and (done := next(served)) % crowd.progress_every == 0:
                     print(f"Progress: {done}/{len(crowd.rows)}\n", end="", flush=True)
         return attempts
@@ -168,7 +171,10 @@ def run_crowd(crowd: Crowd) -> list[Attempt]:
     except RuntimeError:  # a thread too many
         gate.abort()
         raise
-    return [attempt for job in jobs for attempt in job.result()]
+    try:
+        return [attempt for job in jobs for attempt in job.result()]
+    finally:  # nobody asks again, or writes a line, after an interruption
+        given_up.set()
 
 
 def insist(
@@ -227,6 +233,7 @@ class Job(threading.Thread):
         self.work, self.arguments = work, arguments
         self.value: Any = None
         self.error: BaseException | None = None
+        self.over = threading.Event()  # join() may fail when a signal interrupts it
         self.start()
 
     def run(self) -> None:
@@ -234,9 +241,10 @@ class Job(threading.Thread):
             self.value = self.work(*self.arguments)
         except Exception as error:
             self.error = error
+        self.over.set()
 
     def result(self) -> Any:
-        self.join()
+        self.over.wait()
         if self.error:
             raise self.error
         return self.value

@@ -185,7 +185,11 @@ def walk_down(
             yield too_early(sale)
             bound = sale
     rest = [*untold, *(sale for _, sale in ready)]  # sold below the lowest level that anybody saw
-    yield from (too_early(sale) for sale in rest if sale.end < bound.start)
+    made = [sale for sale in rest if sale.end < inf]
+    yield from (too_early(sale) for sale in made if sale.end < bound.start)
+    if len(made) > lowest:
+        message = f"{len(made)} more were sold when {lowest} units were left"
+        yield Violation(Kind.OVERSOLD, message)
 
 
 def latest_moments(

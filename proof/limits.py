@@ -50,9 +50,12 @@ def stop_once() -> None:
     numbers = [getattr(signal, name) for name in names]
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
+    def ignore(*_: object) -> None:
+        pass
+
     def interrupt(*_: object) -> NoReturn:
         for number in heard:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, ignore)
         raise KeyboardInterrupt
 
     for number in heard:

@@ -10,6 +10,8 @@ from sqlite.engine import sqlite3
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
 SCHEMA_VERSION = 1
+CONSTRAINT_TRIGGER = 1811  # an extended code that pysqlite3 has no name for
+MOVED = "moved"  # the trigger that stops the sale where it was moved to another database
 
 
 def require_usable(path: Path) -> None:
@@ -73,7 +75,14 @@ def has_our_tables(connection: sqlite3.Connection) -> bool:
         raise OSError("this is another program's database")
     if version != SCHEMA_VERSION:
         raise OSError(f"its schema has version {version}, this program needs {SCHEMA_VERSION}")
+    if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (MOVED,)).fetchone():
+        raise OSError("this sale was moved to PostgreSQL, nothing is sold from this file")
     return True
+
+
+def is_moved(error: BaseException) -> bool:
+    """Whether the trigger MOVED stopped a sale: the schema has no other."""
+    return getattr(error, "sqlite_errorcode", 0) == CONSTRAINT_TRIGGER
 
 
 def create_tables(connection: sqlite3.Connection, item_name: str, stock: int) -> None:

@@ -157,8 +157,13 @@ class WalDatabase:
             connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
-    def reader(self) -> WalReader:
-        """This process's standing connection, or one more while another thread uses it."""
+    def reader(self, to_write: bool = False) -> WalReader:
+        """This process's standing connection, or one more while another thread uses it.
+
+        Raises StoppedError where something is to be written or confirmed after a stop.
+        """
+        if to_write:
+            self.require_running()
         idle = self._idle[os.getpid()]  # a fork must not share them
         while True:
             try:

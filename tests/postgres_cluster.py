@@ -131,7 +131,7 @@ class Cluster:
         with self.log.open("ab") as log:
             command = [
                 *self.prefix,
-                *_as_unprivileged_user(),
+                *as_unprivileged_user(),
                 str(_binary("postgres")),
                 "-D",
                 str(self.data),
@@ -203,7 +203,7 @@ class Cluster:
         """A program of PostgreSQL's, as the server's user; its output."""
         command = [
             *self.prefix,
-            *_as_unprivileged_user(),
+            *as_unprivileged_user(),
             str(_binary(program)),
             *map(str, arguments),
         ]
@@ -251,7 +251,7 @@ def _unprivileged_user() -> str:
     return "postgres" if "postgres" in names else "nobody"
 
 
-def _as_unprivileged_user() -> list[str]:
+def as_unprivileged_user() -> list[str]:
     if os.geteuid() != 0:
         return []
     user = pwd.getpwnam(_unprivileged_user())

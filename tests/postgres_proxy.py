@@ -17,11 +17,19 @@ class Proxy:
     """
 
     def __init__(
-        self, target_port: int, target_host: str = "127.0.0.1", delay_s: float = 0.0
+        self,
+        target_port: int,
+        target_host: str = "127.0.0.1",
+        delay_s: float = 0.0,
+        silent_from: bytes = b"\0none",
     ) -> None:
-        """`delay_s`: added to everything that is sent in either direction."""
+        """`delay_s` is added to everything that is sent in either direction.
+
+        A message that holds `silent_from` is the last that its connection hears of.
+        """
         self.target = (target_host, target_port)
         self.delay_s = delay_s
+        self.silent_from = silent_from
         self.port = 0
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -94,7 +102,8 @@ class Proxy:
                 if self.delay_s:
                     time.sleep(self.delay_s)
                 self._flowing.wait()
-                sink.sendall(data)
+                if self.silent_from not in data:
+                    sink.sendall(data)
         except OSError:
             pass
         _hang_up(source)

@@ -2,27 +2,26 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import openapi_spec_validator
 import pytest
+from edge import Upstream, nginx
+from edge import buy as buy_raw
 from flask import Flask
 from flask.testing import FlaskClient
 from openapi_schema_validator import OAS31Validator
-from service import PROJECT, Service, free_port, send_at_once
+from service import PROJECT, Service, send_at_once
 from test_raw_sockets import exchange
-from test_slow_clients import nginx
-from test_slow_clients import post as post_raw
 
 import app as service_app
 import db
-from serving import headers
+from serving import config, headers
 from serving.config import MAX_STOCK
 from serving.json_bodies import MAX_BODY_BYTES
 from sqlite.wal import WalDatabase
@@ -229,12 +228,18 @@ def test_every_status_is_described_and_every_described_status_can_be_provoked() 
 @pytest.mark.parametrize("status", BY_THE_PROXY)
 def test_what_the_proxy_answers_by_itself_is_as_described(tmp_path: Path, status: int) -> None:
     """A generated client that doesn't know of these answers returns None instead of a refusal."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, closing(socket.socket()) as one:
-        one.connect(full.getsockname())  # nobody accepts it, and there is room for no other
-        upstream = full.getsockname()[1] if status == 504 else free_port()
-        with nginx(tmp_path, upstream) as port:
-            crowd = [post_raw("/buy_ticket")] * (60 if status == 429 else 1)
-            found = next(a for a in send_at_once(port, crowd) if a.status == status)
+    gave_up = threading.Event()
+
+    def answer(_: str) -> bytes:
+        if status == 504:
+            gave_up.wait(20)
+        return b""  # hangs up
+
+    impatient = {"proxy_read_timeout 60s": "proxy_read_timeout 100ms"}
+    with Upstream(answer) as upstream, nginx(tmp_path, upstream.port, impatient) as port:
+        crowd = [buy_raw()] * (80 if status == 429 else 1)
+        found = next(a for a in send_at_once(port, crowd) if a.status == status)
+        gave_up.set()
     response = OPERATIONS["POST /buy_ticket"]["responses"][str(status)]
     assert complaints(found.json, response["content"]["application/json"]["schema"]) == []
     for name, header in response["headers"].items():
@@ -332,7 +337,7 @@ def test_the_description_names_the_same_limits_and_version() -> None:
     customer_id = COMPONENTS["schemas"]["PurchaseRequest"]["properties"]["customer_id"]
     assert DOCUMENT["info"]["version"] == service_app.VERSION
     assert COMPONENTS["schemas"]["Stock"]["maximum"] == MAX_STOCK
-    assert service_app.CUSTOMER_ID.pattern.endswith(
+    assert config.NAME.pattern.endswith(
         f"{{{customer_id['minLength']},{customer_id['maxLength']}}}"
     )
 

@@ -20,11 +20,12 @@ import pytest
 from postgres_cluster import PASSWORD, ROLE, Cluster, reason_to_skip
 from postgres_proxy import Proxy
 from service import PROJECT, environment
-from test_store import *
+from test_store import *  # noqa: F403
 from test_store import OpenStore, buy_in_threads
 
 import app as service_app
 import db
+from serving.config import ConfigError
 
 if SKIPPED := reason_to_skip():
     pytest.skip(SKIPPED, allow_module_level=True)
@@ -144,10 +145,9 @@ def test_a_wait_in_the_pool_shortens_the_wait_for_the_lock(
     store_url: str,
     admin: psycopg.Connection[Any],
     crowd: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DB_POOL_SIZE", "1")
-    store = open_store(lock_timeout_s=4.0)
+    open_store()
+    store = service_app.open_store(store_url, "Concert", 5, 4.0, 1, 4.0)
     with row_lock(store_url):
         first = crowd.submit(timed, lambda: store.buy("alice"))
         wait_for(admin, WAITING, 1)
@@ -157,6 +157,7 @@ def test_a_wait_in_the_pool_shortens_the_wait_for_the_lock(
     assert isinstance(second, db.Busy)
     assert 3.9 < waited_s < 5  # without its two seconds in the pool: 6
     assert store.audit() == (5, 5, 0)
+    store.close()
 
 
 def test_a_pool_that_gives_no_connection_in_time_is_busy(
@@ -164,11 +165,9 @@ def test_a_pool_that_gives_no_connection_in_time_is_busy(
     store_url: str,
     admin: psycopg.Connection[Any],
     crowd: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DB_POOL_SIZE", "1")
-    monkeypatch.setenv("DB_POOL_TIMEOUT", "0.2")
-    store = open_store(lock_timeout_s=5.0)
+    open_store()
+    store = service_app.open_store(store_url, "Concert", 5, 5.0, 1, 0.2)
     with row_lock(store_url):
         first = crowd.submit(store.buy, "alice")
         wait_for(admin, WAITING, 1)
@@ -177,6 +176,7 @@ def test_a_pool_that_gives_no_connection_in_time_is_busy(
     assert 0.2 <= waited_s < 3
     assert outcome(first).remaining_stock == 4
     assert store.audit() == (5, 4, 1)
+    store.close()
 
 
 def test_refusals_and_replays_wait_for_no_lock_and_take_none(
@@ -205,15 +205,16 @@ def test_a_sale_is_one_round_trip_and_so_is_a_refusal(
     asked: list[str] = []
     ask = postgres.connections.Connection.ask
 
-    def remember(connection: Any, statement: str, parameters: Any) -> Any:
-        asked.append(
-            {postgres.store.SELL: "sell", postgres.store.LOOK: "look"}.get(statement, "other")
-        )
-        return ask(connection, statement, parameters)
+    names = {postgres.store.SELL: "sell", postgres.store.LOOK: "look"}
+
+    def remember(connection: Any, deadline: float, *transactions: Any, **how: Any) -> Any:
+        asked.append(" ".join(names.get(text, "other") for text, _ in transactions[0]))
+        return ask(connection, deadline, *transactions, **how)
 
     monkeypatch.setattr(postgres.connections.Connection, "ask", remember)
     for _ in range(5):
         timed(lambda: store.buy("alice"))
+    assert asked.pop(0) == "other"  # the session's settings
     assert asked == ["sell", "sell", "sell", "look", "look"]
     store.reset(5)
     asked.clear()
@@ -269,13 +270,14 @@ def test_ids_are_drawn_in_the_order_of_the_sales(
     open_store: OpenStore,
     admin: psycopg.Connection[Any],
     crowd: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
+    store_url: str,
 ) -> None:
-    monkeypatch.setenv("DB_POOL_SIZE", "16")
-    store = open_store(stock=400)
+    open_store(stock=400)
+    store = service_app.open_store(store_url, "Concert", 400, 5.0, 16, 5.0)
     list(crowd.map(lambda number: store.buy("alice"), range(400)))
     query = "SELECT array_agg(remaining_stock ORDER BY purchase_id) FROM purchases"
     assert value(admin, query) == list(range(399, -1, -1))
+    store.close()
 
 
 def test_a_reset_in_mid_sale_waits_for_sales_and_keeps_the_books(
@@ -308,8 +310,8 @@ def test_a_server_set_to_serializable_sells_each_unit_once(
     open_store: OpenStore, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     if kept:  # as on an engine that knows nothing else
-        ours = postgres.connections.SETTINGS.replace("'read committed'", "'serializable'")
-        monkeypatch.setattr(postgres.connections, "SETTINGS", ours)
+        ours = postgres.connections.SET_UP.replace("'read committed'", "'serializable'")
+        monkeypatch.setattr(postgres.connections, "SET_UP", ours)
     with server_default(cluster, "default_transaction_isolation = 'serializable'"):
         store = open_store(stock=10)
         results = buy_in_threads(store, [(f"c{number}", None) for number in range(40)])
@@ -408,7 +410,7 @@ def test_the_plan_of_a_sale_does_not_count_on_empty_tables(
 ) -> None:
     open_store()
     admin.execute("VACUUM ANALYZE")
-    admin.execute(postgres.connections.SETTINGS.encode(), ("1000", "1000"))
+    psycopg.RawCursor(admin).execute(postgres.connections.SET_UP, ("1000", "1000", None))
     admin.execute(
         f"PREPARE sell AS {postgres.store.SELL}; PREPARE look AS {postgres.store.LOOK}".encode()
     )
@@ -707,30 +709,38 @@ def test_a_wrong_password_is_told_in_one_line_without_it(cluster: Cluster) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "url",
     [
-        ("DB_POOL_SIZE", "0"),
-        ("DB_POOL_SIZE", "1.5"),
-        ("DB_POOL_SIZE", "many"),
-        ("DB_POOL_TIMEOUT", "nan"),
-        ("DB_POOL_TIMEOUT", "-1"),
+        "postgresql://u:secret%zz@h/db",
+        "postgresql://u:secret@h/db?no_such=1",
+        "postgresql://u:pa@secret@127.0.0.1:1/db",
+        "postgresql://u:pa/secret@127.0.0.1:1/db",
+        "postgresql://u:12/secret@127.0.0.1:1/db",
+        "postgresql://u:12?secret@127.0.0.1:1/db",
+        "postgresql://u:12#secret@127.0.0.1:1/db",
+        "postgresql://u@secret:pa@127.0.0.1:1/db",
+        "postgresql://u:secret/db",
+        "postgresql://u:secret@a,b:1,c:2,secret:x/db",
     ],
 )
-def test_a_pool_setting_that_makes_no_sense_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, text: str
-) -> None:
-    monkeypatch.setenv(name, text)
-    with pytest.raises(ValueError, match=f"needs {name} to be .*{text}"):
-        service_app.open_store("postgresql://localhost/sale", "Concert", 5, 5.0)
+def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError, match="DATABASE_URL has to be postgresql://") as refused:
+        service_app.open_store(url, "Concert", 5, 5.0).create()
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://u:secret%zz@h/db", "postgresql://u:secret@h/db?no_such=1"]
+    "url",
+    [
+        "postgresql://",
+        "postgres://sale:a%40b:c@db.example,other:5433/sale?connect_timeout=3",
+        "postgresql://%2Frun%2Fpostgresql/sale",
+        "postgresql:///sale?host=/run/postgresql&options=-csearch_path%3Dshop",
+        "postgresql://sale@[::1]:5432,[fe80::1%25eth0]/sale",
+    ],
 )
-def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str) -> None:
-    with pytest.raises(ValueError, match="must be postgresql://") as refused:
-        service_app.open_store(url, "Concert", 5, 5.0)
-    assert "secret" not in str(refused.value)
+def test_a_url_as_libpq_documents_it_is_taken(url: str) -> None:
+    assert "a%40b" not in str(service_app.open_store(url, "Concert", 5, 5.0))
 
 
 def test_without_psycopg_one_line_says_what_to_install() -> None:
