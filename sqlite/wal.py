@@ -251,7 +251,8 @@ class WalDatabase:
 
     def gauges(self) -> dict[str, float]:
         """For a monitor: the bytes of the WAL, and 1 if a flush failed."""
-        size = os.stat(f"{self.path}-wal").st_size
+        wal = Path(f"{self.path}-wal")  # not there while nobody has the database open
+        size = wal.stat().st_size if wal.exists() else 0
         return {"wal_bytes": size, "flush_failed": float(self._cause[0] == FLUSH_FAILED)}
 
     def close(self) -> None:
