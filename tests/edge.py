@@ -17,6 +17,10 @@ from service import PROJECT, Answer, free_port, need, parse_answer, wait_until
 CONF = PROJECT / "deploy" / "nginx.conf"
 PATIENCE_S = 20.0
 Edits = dict[str, str]
+BALANCER: Edits = {  # the comment's two lines: whoever asks is named by a header
+    "#   set_real_ip_from 192.0.2.0/24;": "set_real_ip_from 127.0.0.1;",
+    "#   real_ip_header": "real_ip_header",
+}
 
 
 def has_ipv6() -> bool:

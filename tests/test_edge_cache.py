@@ -159,7 +159,6 @@ def the_service_sees_that_a_buyer_has_hung_up(folder: Path, edits: Edits) -> Non
 FEW: Edits = {
     "max_conns=1000 ": "max_conns=3 ",
     "worker_processes auto": "worker_processes 4",
-    " backlog=65535": " reuseport backlog=65535",  # each of nginx's workers gets some
 }
 
 

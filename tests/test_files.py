@@ -11,7 +11,7 @@ import pytest
 import requests
 from conftest import OpenStore
 from service import Service, need, run_to_end, wait_until
-from test_faults import GUNICORN, errors, mounting, stored
+from test_faults import errors, mounting, stored
 from test_sqlite_store import execute
 
 import db
@@ -37,12 +37,12 @@ def test_a_file_that_is_a_mount_point_is_refused(tmp_path: Path, name: str) -> N
     need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
     outside, inside = tmp_path / "outside.db", tmp_path / name
     database = {"DATABASE_URL": f"sqlite:///{outside}"}
-    init = run_to_end([sys.executable, "-m", "flask", "--app", "app", "init-db"], **database)
-    assert init.returncode == 0
+    init = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    assert run_to_end(init, **database).returncode == 0
     inside.touch()
     mount = shlex.join(["mount", "--bind", str(outside), str(inside)])
-    command = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(GUNICORN)}"]
-    done = run_to_end(command, DATABASE_URL=f"sqlite:///{inside}", PORT="1")
+    command = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(init)}"]
+    done = run_to_end(command, DATABASE_URL=f"sqlite:///{inside}")
     assert done.returncode == 4
     assert "the file itself is a mount point - mount the folder" in done.stderr
 

@@ -1,5 +1,6 @@
 """deploy/nginx.conf keeps clients that send half a request and stay from the service."""
 
+import re
 import socket
 import statistics
 import time
@@ -8,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from edge import address, ask, buy, nginx
+from edge import CONF, address, ask, buy, nginx
 from service import Service, wait_until
 
 SLOW_CLIENTS = 200
@@ -93,8 +94,12 @@ def test_without_nginx_they_would_keep_everybody_from_buying(service: Service) -
         assert buyer.recv(12) == b"HTTP/1.1 200"
 
 
-def test_a_client_that_stops_half_way_is_let_go_within_seconds(port: int) -> None:
-    with slow_clients(port) as clients:
+def test_a_client_that_stops_half_way_is_let_go(tmp_path: Path, service: Service) -> None:
+    """Within seconds, as the file says; here within one, to wait no longer."""
+    limits = re.findall(r"client_(?:header|body)_timeout (\d+)s;", CONF.read_text())
+    assert all(int(seconds) <= 10 for seconds in limits)
+    edits = {f"timeout {seconds}s;": "timeout 1s;" for seconds in limits}
+    with nginx(tmp_path, service.port, edits) as port, slow_clients(port) as clients:
         wait_until(
-            lambda: not any(is_open(client) for client in clients), 10, "somebody is still served"
+            lambda: not any(is_open(client) for client in clients), 5, "somebody is still served"
         )
