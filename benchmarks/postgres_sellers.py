@@ -78,7 +78,17 @@ def servers(standby: bool) -> Iterator[dict[str, str]]:
             add_standby(running, cluster)
         port, folder = free_port(), running.enter_context(tempfile.TemporaryDirectory())
         server = shutil.which("redis-server") or "redis-server"
-        command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        command = [
+            server,
+            "--port",
+            str(port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            folder,
+        ]
         redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         running.callback(redis.wait, LIMIT_S)
         running.callback(redis.terminate)

@@ -93,4 +93,3 @@ def reset() -> ResponseReturnValue:
         connection.execute("TRUNCATE purchases")
         connection.execute("UPDATE inventory SET stock = %s, initial_stock = %s", (stock, stock))
     return {"success": True, "message": f"Inventory reset to {stock} units", "current_stock": stock}
-

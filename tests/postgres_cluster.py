@@ -81,7 +81,7 @@ class Cluster:
         self.data = self.folder / "data"
         self.log = self.folder / "log"
         if os.geteuid() == 0:
-            os.chown(self.folder, pwd.getpwnam(_unprivileged_user()).pw_uid, -1)
+            os.chown(self.folder, pwd.getpwnam(unprivileged_user()).pw_uid, -1)
 
     def __enter__(self) -> Self:
         try:
@@ -194,23 +194,11 @@ class Cluster:
 
     def sql(self, statement: str, database: str = "postgres") -> str:
         """What psql prints for a statement, over the unix socket; bounded, and without psycopg."""
-        place = ["-h", self.folder, "-p", self.port, "-U", ROLE, "-d", database]
-        return self.run(
-            "psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *place, "-c", statement
-        )
+        return psql(self.folder, self.port, statement, database, self.prefix)
 
     def run(self, program: str, *arguments: object) -> str:
         """A program of PostgreSQL's, as the server's user; its output."""
-        command = [
-            *self.prefix,
-            *as_unprivileged_user(),
-            str(_binary(program)),
-            *map(str, arguments),
-        ]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
-        return done.stdout.strip()
+        return run_program(self.folder, program, *arguments, prefix=self.prefix)
 
     def _configure(self) -> None:
         settings = (
@@ -236,6 +224,21 @@ class Cluster:
         raise RuntimeError(f"PostgreSQL doesn't start: {self.log.read_text()[-2000:]}")
 
 
+def psql(folder: Path, port: int, statement: str, database: str, prefix: Sequence[str] = ()) -> str:
+    """What it prints for a statement, over the unix socket in `folder`."""
+    options = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+    place = ["-h", folder, "-p", port, "-U", ROLE, "-d", database]
+    return run_program(folder, "psql", *options, *place, "-c", statement, prefix=prefix)
+
+
+def run_program(folder: Path, program: str, *arguments: object, prefix: Sequence[str] = ()) -> str:
+    command = [*prefix, *as_unprivileged_user(), str(_binary(program)), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
 def _binary(program: str) -> Path:
     folder = binaries()
     if folder is None:
@@ -243,7 +246,7 @@ def _binary(program: str) -> Path:
     return folder / program
 
 
-def _unprivileged_user() -> str:
+def unprivileged_user() -> str:
     """PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return getpass.getuser()
@@ -254,7 +257,7 @@ def _unprivileged_user() -> str:
 def as_unprivileged_user() -> list[str]:
     if os.geteuid() != 0:
         return []
-    user = pwd.getpwnam(_unprivileged_user())
+    user = pwd.getpwnam(unprivileged_user())
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
 
 
