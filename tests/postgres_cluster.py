@@ -159,15 +159,23 @@ class Cluster:
         if self.process is None or self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGSTOP)  # no new backend in between
-        backends = (
-            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        )
-        for pid in [self.process.pid, *map(int, backends)]:
-            os.kill(pid, signal.SIGKILL)
+        backends = self.backends()
+        self.signal_all(signal.SIGKILL)
         self.process.wait(STOP_TIMEOUT_S)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while any(_is_alive(pid) for pid in backends) and time.monotonic() < deadline:
+        while any(map(_is_alive, backends)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """To the server and all of its processes, as to a whole machine."""
+        assert self.process
+        for pid in [self.process.pid, *self.backends()]:
+            os.kill(pid, number)
+
+    def backends(self) -> list[int]:
+        assert self.process
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
 
     def promote(self) -> None:
         """Make a standby the primary, and wait until it takes writes."""
@@ -261,7 +269,7 @@ def as_unprivileged_user() -> list[str]:
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
 
 
-def _is_alive(pid: str) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
