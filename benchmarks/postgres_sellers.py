@@ -6,16 +6,14 @@ It starts a PostgreSQL with durability on, a Redis, and with --standby a synchro
 is 1 ms away in each direction. All share this machine's cores with the sellers.
 """
 
+import importlib
 import json
 import multiprocessing
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +24,11 @@ HERE = Path(__file__).resolve().parent
 for folder in (HERE, HERE.parent / "tests", HERE.parent):
     sys.path.insert(0, str(folder))
 
-from postgres_cluster import PASSWORD, Cluster, free_port  # noqa: E402
-from postgres_proxy import Proxy  # noqa: E402
+from postgres_cluster import PASSWORD  # noqa: E402
+
+from benchmarks.postgres_server import servers  # noqa: E402
 
 STOCK = 1_000_000_000
-DISTANCE_S = 0.001  # to the standby, and back
 WARM_UP_S = 0.5
 LIMIT_S = 60.0
 SELLERS = ("ours", "for-update", "redis-lock")
@@ -69,53 +67,6 @@ def main(
         )
 
 
-@contextmanager
-def servers(standby: bool) -> Iterator[dict[str, str]]:
-    with ExitStack() as running:
-        cluster = running.enter_context(Cluster())
-        url = cluster.create_database("sale")
-        if standby:
-            add_standby(running, cluster)
-        port, folder = free_port(), running.enter_context(tempfile.TemporaryDirectory())
-        server = shutil.which("redis-server") or "redis-server"
-        command = [
-            server,
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--dir",
-            folder,
-        ]
-        redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        running.callback(redis.wait, LIMIT_S)
-        running.callback(redis.terminate)
-        yield {"DATABASE_URL": url, "REDIS_URL": f"redis://127.0.0.1:{port}/0"}
-
-
-def add_standby(running: ExitStack, cluster: Cluster) -> None:
-    way = running.enter_context(Proxy(cluster.port, delay_s=DISTANCE_S))
-    copy = cluster.standby()
-    running.callback(copy.remove)
-    copy.start()
-    source = copy.sql("SHOW primary_conninfo").replace(f"port={cluster.port}", f"port={way.port}")
-    copy.sql(f"ALTER SYSTEM SET primary_conninfo = $${source}$$")
-    copy.reload()
-    cluster.sql("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
-    cluster.reload()
-    deadline = time.monotonic() + LIMIT_S
-    streams = "SELECT status || sender_port FROM pg_stat_wal_receiver"
-    while (
-        cluster.sql("SELECT sync_state FROM pg_stat_replication") != "sync"
-        or copy.sql(streams) != f"streaming{way.port}"
-    ):
-        if time.monotonic() > deadline:
-            raise RuntimeError("the standby is not synchronous")
-        time.sleep(0.05)
-
-
 def run(
     name: str, checkout: Path, urls: dict[str, str], clients: int, seconds: float
 ) -> tuple[float, float]:
@@ -152,27 +103,27 @@ def crowd(name: str, checkout: str, urls: str, clients: str, seconds: str) -> No
 
 def seller_of(name: str, urls: dict[str, str]) -> Callable[[], Callable[[str], Any]]:
     """What makes a seller in each process: a function that sells to a customer."""
-    store = store_of(urls["DATABASE_URL"])
+    store = store_of(urls["URL1"])
     store.create()
     store.reset(STOCK)
     store.close()
     if name == "ours":
         return lambda: store.buy
     if name == "for-update":
-        from select_for_update import Shop
+        from benchmarks.select_for_update import Shop
 
-        return lambda: Shop(urls["DATABASE_URL"]).buy
-    from redis_lock import LockedShop
+        return lambda: Shop(urls["URL1"]).buy
+    from benchmarks.redis_lock import LockedShop
 
-    return lambda: LockedShop(urls["DATABASE_URL"], urls["REDIS_URL"]).buy
+    return lambda: LockedShop(urls["URL1"], urls["REDIS"]).buy
 
 
 def store_of(url: str) -> Any:
     try:
-        from postgres.store import PostgresStore
+        module = importlib.import_module("postgres.store")
     except ImportError:  # an older checkout
-        from backends.postgres import PostgresStore
-    return PostgresStore(url, "Concert", STOCK, 5.0)
+        module = importlib.import_module("backends.postgres")
+    return module.PostgresStore(url, "Concert", STOCK, 5.0)
 
 
 def sell(make: Callable[[], Callable[[str], Any]], begin: float, seconds: float, to: Any) -> None:
