@@ -7,7 +7,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a start in another folder
 
-from serving import draining, exporter, http_errors, metrics, watch
+from serving import draining, exporter, http_errors, metrics, starting, watch
 from serving.config import ConfigError, address, read_config
 from serving.starting import acting_as, cannot_start
 
@@ -20,7 +20,7 @@ bind = address(variables)
 workers = variables["WEB_CONCURRENCY"]
 worker_class = "sync"  # threads would fight over the interpreter while one holds the write lock
 preload_app = True
-backlog = 2048  # the buyers of the first moment wait here; net.core.somaxconn caps it
+backlog = starting.BACKLOG  # the buyers of the first moment wait here
 timeout = 30 + math.ceil(variables["LOCK_TIMEOUT"])  # above every wait for the write lock
 graceful_timeout = draining.DRAIN_LIMIT_S + timeout  # the last of the backlog may wait for the lock
 control_socket_disable = True
@@ -44,6 +44,8 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Any) -> None:
     server.log.info("Selling %s, from %s", watch.OFFER[0], store())
+    if short := starting.short_queue():
+        server.log.warning(short)
     draining.install(server)
     exporter.install(server, store(), variables["HOST"], variables["METRICS_PORT"])
 

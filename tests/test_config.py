@@ -124,7 +124,7 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
     assert conf["timeout"] >= math.ceil(float(timeout)) + 20
     assert isinstance(conf["timeout"], int)
-    assert (conf["bind"], conf["backlog"]) == ("127.0.0.2:1234", 2048)
+    assert (conf["bind"], conf["backlog"]) == ("127.0.0.2:1234", 65535)
     assert conf["control_socket_disable"] is True
     assert "%(r)s" not in conf["access_log_format"]
     assert "%(q)s" not in conf["access_log_format"]

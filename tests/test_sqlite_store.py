@@ -409,13 +409,22 @@ def test_a_reading_waits_a_little_for_a_lock_whatever_the_lock_timeout(
         release.join()
 
 
-def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
-    path = tmp_path / "50% off?#1 &mode=memory.db"
+def test_a_path_may_hold_blanks_and_what_looks_like_options(tmp_path: Path) -> None:
+    path = tmp_path / "a sale &mode=memory;+é.db"
     store = service_app.open_store(f"sqlite:///{path}", "Concert", 5, 5.0)
     store.create()
     assert store.buy("alice").remaining_stock == 4
     store.close()
     assert path.exists()
+
+
+@pytest.mark.parametrize("rest", ["?timeout=30", "#x", "%20and", "?"])
+def test_a_url_with_more_than_a_path_is_refused_and_says_what_to_write(
+    tmp_path: Path, rest: str
+) -> None:
+    """It would name a new file, with the whole stock on sale once more."""
+    with pytest.raises(ValueError, match=rf"no \?, # or % .* write sqlite:///{tmp_path}/sale\.db$"):
+        service_app.open_store(f"sqlite:///{tmp_path}/sale.db{rest}", "Concert", 5, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -428,10 +437,12 @@ def test_a_path_may_hold_characters_that_urls_escape(tmp_path: Path) -> None:
         "sqlite:///:memory:",
         "mysql://a/b",
         "sqlite:/x.db",
+        "sqlit:///x.db",
+        "postgre://user@host/sale",
     ],
 )
-def test_a_url_that_names_no_store_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="sqlite:///"):
+def test_a_url_that_names_no_store_is_refused_and_told_all_that_do(url: str) -> None:
+    with pytest.raises(ValueError, match=r"sqlite:///rel.*sqlite:////abs.*postgresql://user"):
         service_app.open_store(url, "Concert", 5, 5.0)
 
 
