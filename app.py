@@ -268,7 +268,6 @@ def add_commands(app: Flask, store: Store) -> None:
         with one_line_for_a_failure():
             store.create()
             offer = watch.offer(store)
-        click.echo(f"In {store}", err=True)
         click.echo(offer)
 
     @app.cli.command("audit", help="Count the purchases; exit status 1 if they don't add up.")
