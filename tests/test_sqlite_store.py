@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import pytest
 
 import app as service_app
 import db
-from sqlite.engine import sqlite3
+from sqlite.engine import ORIGIN, sqlite3
 
 OpenStore = Callable[..., Any]
 
@@ -37,6 +39,19 @@ def execute(database: Path, statement: str) -> list[Any]:
     with closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
         return connection.execute(statement).fetchall()
+
+
+def test_where_there_is_a_wheel_the_sqlite_in_use_has_no_wal_reset_bug(
+    open_store: OpenStore, database: Path
+) -> None:
+    """And whichever it is, a start says so."""
+    without = "without_pysqlite3" in os.environ.get("PYTHONPATH", "")
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    if without:
+        assert ORIGIN == "Python's own"
+    elif linux:
+        assert (ORIGIN, sqlite3.sqlite_version_info >= (3, 51, 3)) == ("pysqlite3", True)
+    assert str(open_store()) == f"{database}, by {ORIGIN} SQLite {sqlite3.sqlite_version}"
 
 
 def test_the_database_belongs_to_its_owner_alone(open_store: OpenStore, database: Path) -> None:
