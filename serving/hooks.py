@@ -3,7 +3,7 @@
 from typing import Any
 
 from serving import draining, exporter, metrics, watch
-from serving.starting import acting_as, cannot_start
+from serving.starting import acting_as, cannot_start, short_queue
 
 
 def store_of(server: Any) -> Any:
@@ -22,6 +22,8 @@ def on_starting(server: Any) -> None:
 def when_ready(server: Any) -> None:
     """The master listens, and has no worker yet."""
     server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))
+    if short := short_queue():
+        server.log.warning(short)
     draining.install(server)
     config = server.app.wsgi().config
     exporter.install(server, store_of(server), config["HOST"], config["METRICS_PORT"])

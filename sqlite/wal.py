@@ -275,7 +275,10 @@ class WalDatabase:
 
     def gauges(self) -> dict[str, float]:
         """For a monitor: the bytes of the WAL, and 1 if a flush failed."""
-        size = os.stat(f"{self.path}-wal").st_size
+        try:
+            size = os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:  # nobody has the file open
+            size = 0
         return {"wal_bytes": size, "flush_failed": float(self._cause[0] == FLUSH_FAILED)}
 
     def close(self) -> None:
