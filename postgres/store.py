@@ -1,6 +1,7 @@
 """The PostgreSQL store: the same verbs and promises as db.SQLiteStore, for any number of hosts.
 
-A sale is one statement, one round trip: the row lock is never held across the network to a host.
+A sale is one statement and one round trip. The row's lock is held neither across the network nor
+through the disk's flush: the same trip carries a second transaction that waits for the disks.
 `_refusal` decides which failures mean "certainly not sold".
 """
 
@@ -41,7 +42,8 @@ class PostgresStore:
         self._connections = Connections(url, lock_timeout_s, pool_size, pool_timeout_s)
         self._place = place(url)
         self._on_lock_wait: Callable[[float], object] = lambda seconds: None
-        self._first_statement = SELL  # a guess at what is cheaper: the database decides each time
+        self._durable_zero = ""  # the version of the row that is sold out on every disk
+        self._careful = True  # until a commit was confirmed in time
 
     def buy(
         self,
@@ -55,33 +57,56 @@ class PostgresStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the connection was lost in
         between). Only a buyer without a key is asked for, before each statement that may sell.
         """
-        sale = {LOOK: (idempotency_key,), SELL: (idempotency_key, customer_id)}
         deadline = time.monotonic() + self.lock_timeout_s
-        statement = self._first_statement
+        if self._durable_zero:
+            look: Statement = (LOOK, (idempotency_key,))
+            purchase_id, stock, version = self._ask(deadline, [look], repeatable=True)[0]
+            if purchase_id is None and stock == 0 and version == self._durable_zero:
+                raise db.SoldOut
+            self._durable_zero = ""
         while True:
-            if statement is SELL and idempotency_key is None:
-                _require_buyer(buyer_is_there)
-            asked = time.monotonic()
-            purchase_id, remaining_stock, owner, stock = self._ask(
-                [[(statement, sale[statement])]], deadline, repeatable=idempotency_key is not None
-            )[0]
-            if statement is SELL:
-                self._on_lock_wait(time.monotonic() - asked)
+            if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
+                raise db.BuyerGone
+            row = self._sell(deadline, customer_id, idempotency_key)
+            purchase_id, remaining_stock, owner, stock, version = row
             if owner not in (None, customer_id):
                 raise db.KeyReused
-            if purchase_id is not None and statement is SELL:
+            if purchase_id is not None:
                 return db.Purchase(purchase_id, remaining_stock, replayed=owner is not None)
-            if purchase_id is None and stock == 0:
-                self._first_statement = LOOK
+            if stock == 0:
+                self._durable_zero = version
                 raise db.SoldOut
-            self._first_statement = statement = SELL
+
+    def _sell(self, deadline: float, customer_id: str, idempotency_key: str | None) -> Row:
+        """What SELL says, once that is on every disk: a replay and a sold-out, too.
+
+        WAL is written in order: with CONFIRM all is there that went before it. While nobody knows
+        whether it comes through, the sale holds the row's lock until it is there itself. So those
+        who come next wait and are refused, and not the whole stock is sold without a word.
+        """
+        early, repeatable = None if self._careful else "off", idempotency_key is not None
+        sale: Statement = (SELL, (idempotency_key, customer_id, early))
+        asked = time.monotonic()
+        try:
+            if early:
+                row, _ = self._ask(deadline, [sale], [(CONFIRM, ())], repeatable=repeatable)
+            else:
+                (row,) = self._ask(deadline, [sale], repeatable=repeatable)
+                if row[0] is None or row[2] is not None:  # nothing was sold that waited itself
+                    self._ask(deadline, [(CONFIRM, ())], repeatable=True)
+        except db.OutcomeUnknown:
+            self._careful = True
+            raise
+        self._careful = False
+        self._on_lock_wait(time.monotonic() - asked)
+        return row
 
     def find(self, customer_id: str, idempotency_key: str) -> db.Purchase | None:
         """What the key has bought already, as `buy` replays it. Raises KeyReused."""
         deadline = time.monotonic() + self.lock_timeout_s
-        purchase_id, remaining_stock, owner = self._ask(
-            [[(FIND, (idempotency_key,))]], deadline, repeatable=True
-        )[0]
+        find: Statement = (FIND, (idempotency_key,))
+        row, _ = self._ask(deadline, [find], [(CONFIRM, ())], repeatable=True)
+        purchase_id, remaining_stock, owner = row
         if owner not in (None, customer_id):
             raise db.KeyReused
         return None if owner is None else db.Purchase(purchase_id, remaining_stock, replayed=True)
@@ -95,11 +120,11 @@ class PostgresStore:
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
         deadline = time.monotonic() + self.lock_timeout_s
-        self._ask([[(TRUNCATE, ()), (SET_STOCK, (str(stock),))]], deadline, repeatable=False)
+        self._ask(deadline, [(TRUNCATE, ()), (SET_STOCK, (str(stock),))], repeatable=False)
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a standby can still be read. Raises Busy."""
-        _, *examined = self._read(TOUCH, setup.EXAMINE, setup.COMPARE_IDS)
+        _, _, *examined = self._read(TOUCH, CONFIRM, setup.EXAMINE, setup.COMPARE_IDS)
         for row in examined:
             setup.require(row)
 
@@ -138,41 +163,47 @@ class PostgresStore:
         """A row of each, which sells nothing."""
         deadline = time.monotonic() + self.lock_timeout_s
         try:
-            return self._ask([[(text, ())] for text in statements], deadline, repeatable=True)
+            return self._ask(deadline, *map(_alone, statements), repeatable=True)
         except db.OutcomeUnknown as error:
             raise db.Unavailable(str(error)) from error
 
-    def _ask(
-        self,
-        transactions: list[list[Statement]],
-        deadline: float,  # of time.monotonic(): for the pool, the lock and all attempts together
-        repeatable: bool,  # though nobody knows whether the first attempt has sold
-    ) -> list[Row]:
-        """A row of each; asked for again where that can't sell a second unit."""
+    def _ask(self, deadline: float, *transactions: list[Statement], repeatable: bool) -> list[Row]:
+        """A row of each transaction; asked for again where that can't sell a second unit.
+
+        `deadline`, of time.monotonic(), is that for the pool, the lock and all attempts together.
+        `repeatable`: though nobody knows whether the first attempt has sold.
+        """
         started = time.monotonic()
         refusal: db.StoreError | None = None
         unknown: db.OutcomeUnknown | None = None
         while True:
             try:
-                rows = [row_of(o) for o in self._connections.ask(deadline, *transactions)]
-                if () in rows:
-                    raise db.Unavailable("the inventory table is empty")
-                return rows
-            except psycopg.Error as error:
-                refusal = _refusal(error, time.monotonic() - started)
-                again = isinstance(error, UNDONE)
-                if isinstance(refusal, db.OutcomeUnknown):
-                    unknown, again = refusal, repeatable
+                outcomes = self._connections.ask(deadline, *transactions)
             except db.StoreError as error:  # no connection: what went before says more
                 raise unknown or refusal or error from error
+            except psycopg.Error as error:  # before anything was sent
+                outcomes = [error]
+            failure = next((o for o in outcomes if isinstance(o, psycopg.Error)), None)
+            if failure is None:
+                return [_not_empty(row_of(outcome)) for outcome in outcomes]
+            refusal, again = _refusal(failure, time.monotonic() - started), _is_undone(failure)
+            if failure is not outcomes[0]:  # the first, a sale perhaps, is there, on some disk
+                refusal = db.OutcomeUnknown(one_line(failure))
+            if isinstance(refusal, db.OutcomeUnknown):
+                unknown, again = refusal, repeatable
             if not again or time.monotonic() > deadline:
-                raise unknown or refusal
+                raise unknown or refusal from failure
             time.sleep(random.uniform(0, RETRY_SLEEP_MAX_S))  # noqa: S311
 
 
-def _require_buyer(buyer_is_there: Callable[[], bool] | None) -> None:
-    if buyer_is_there is not None and not buyer_is_there():
-        raise db.BuyerGone
+def _alone(statement: str) -> list[Statement]:
+    return [(statement, ())]
+
+
+def _not_empty(row: Row) -> Row:
+    if not row:
+        raise db.Unavailable("the inventory table is empty")
+    return row
 
 
 def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
@@ -186,23 +217,29 @@ def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
         return db.OutcomeUnknown(one_line(error))
     if isinstance(error, WAITED + CONFLICTS):
         return db.Busy(waited_s)
-    if isinstance(error, errors.IntegrityError) and not isinstance(error, UNDONE):
+    if isinstance(error, errors.IntegrityError) and not _is_undone(error):
         raise error  # a bug, refused by a constraint
     return db.Unavailable(one_line(error))
+
+
+def _is_undone(failure: psycopg.Error) -> bool:
+    """Whether another attempt may succeed where this one certainly sold nothing."""
+    return isinstance(failure, (*CONFLICTS, *MOVED, errors.UniqueViolation))
 
 
 # All parts see the database as it was when the statement began. Only UPDATE waits for the row, and
 # then looks at its newest version. If two requests with one key run at once, the unique index
 # rejects the second and undoes its decrement: asked again, it finds the first purchase. A request
 # that waited in vain sees an old stock, and is asked again too.
-# A purchase that is found gets locked. That goes to the WAL, so a replay waits for the standby too.
+# With 'off' the sale itself waits for no disk, so the row's lock is free at once; CONFIRM waits.
 SELL = """
     WITH bought AS (
-        SELECT purchase_id, remaining_stock, customer_id FROM purchases
-        WHERE idempotency_key = $1 FOR UPDATE
+        SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = $1
     ), taken AS (
         UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp()
-        WHERE item_id = 1 AND stock > 0 AND NOT EXISTS (SELECT FROM bought)
+        WHERE item_id = 1 AND stock > 0 AND NOT EXISTS (SELECT FROM bought) AND (
+            SELECT set_config('synchronous_commit',
+                coalesce($3, current_setting('synchronous_commit')), true)) IS NOT NULL
         RETURNING stock
     ), sold AS (
         INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock)
@@ -210,19 +247,19 @@ SELL = """
         RETURNING purchase_id, remaining_stock
     )
     SELECT coalesce(sold.purchase_id, bought.purchase_id),
-        coalesce(sold.remaining_stock, bought.remaining_stock), bought.customer_id, stock
+        coalesce(sold.remaining_stock, bought.remaining_stock), bought.customer_id, stock,
+        inventory.xmin
     FROM inventory LEFT JOIN sold ON true LEFT JOIN bought ON true WHERE item_id = 1"""
-# LOOK costs half as much as SELL. It is tried first after a SoldOut.
+# A commit waits for the disks only if it has an id and wrote WAL: hence a transactional message.
+CONFIRM = "SELECT pg_logical_emit_message(true, 'flash sale', '')"
+# LOOK costs half as much as SELL. It is tried first after a SoldOut, and knows only that one zero:
+# another may not be on every disk yet, and a failover would take the refusal back.
 LOOK = """
-    SELECT purchase_id, remaining_stock, customer_id, stock
+    SELECT purchase_id, stock, inventory.xmin
     FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
 FIND = """
-    WITH bought AS (
-        SELECT purchase_id, remaining_stock, customer_id FROM purchases
-        WHERE idempotency_key = $1 FOR UPDATE
-    )
     SELECT purchase_id, remaining_stock, customer_id
-    FROM inventory LEFT JOIN bought ON true WHERE item_id = 1"""
+    FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
 FIND_INVENTORY = """
     SELECT item_id, item_name, stock, initial_stock, initial_stock - stock,
         to_char(last_updated AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM inventory"""
@@ -230,7 +267,9 @@ COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases)
 OLDEST_SNAPSHOT = """
     SELECT ceil(coalesce(extract(epoch FROM max(clock_timestamp() - xact_start)), 0))::bigint
     FROM pg_stat_activity WHERE backend_xmin IS NOT NULL"""
-TOUCH = "UPDATE inventory SET stock = stock RETURNING item_id"
+TOUCH = """
+    UPDATE inventory SET stock = stock
+    WHERE (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL RETURNING item_id"""
 # One transaction. purchases comes first: a sale holds on to it while it waits for the row.
 TRUNCATE = "TRUNCATE purchases"
 SET_STOCK = """
@@ -241,5 +280,3 @@ SET_STOCK = """
 WAITED = (errors.LockNotAvailable, errors.QueryCanceled)
 CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
 MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no longer the primary
-# Another attempt may succeed where this one certainly sold nothing.
-UNDONE = (*CONFLICTS, *MOVED, errors.UniqueViolation)

@@ -31,7 +31,7 @@ OUTCOMES = {
     BUSY: "busy",
     LOST: "lost",
     KEY_REUSED: "key-reused",
-    LIMITED: "busy",
+    LIMITED: "rate-limited",
 }
 
 
@@ -152,7 +152,7 @@ def figures_of(result: Result) -> dict[str, Any]:
         "sold_out": outcomes["sold-out"],
         "key_reused": outcomes["key-reused"],
         "busy": outcomes["busy"],
-        "errors": outcomes["lost"] + outcomes["odd"],
+        "errors": outcomes["lost"] + outcomes["odd"] + outcomes["rate-limited"],
         **times_of(attempts),
         "in_flight_max": max(in_flight_max(h.attempts) for h in result.histories),
         "readings": sum(len(h.readings) for h in result.histories),

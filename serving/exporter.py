@@ -26,8 +26,8 @@ log = logging.getLogger("gunicorn.error")
 
 def install(server: Any, store: Any, host: str, port: int | None) -> None:
     """In the master, once it listens: count the workers that die, and serve, if there is a port."""
-    if metrics.instruments().folder:  # the workers write there, with the rights that they are given
-        os.chown(metrics.instruments().folder, server.cfg.uid, server.cfg.gid)
+    if folder := metrics.instruments().folder:  # the workers write there, with their own rights
+        os.chown(folder, server.cfg.uid, server.cfg.gid)
     start = functools.partial(fork, server, store, host, port)
     server.exporter = start() if port else 0
     server.reap_workers = functools.partial(reap, server, server.reap_workers, start)

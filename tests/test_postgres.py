@@ -39,7 +39,12 @@ WAITING = (
     "SELECT count(*) FROM pg_stat_activity"
     " WHERE datname = current_database() AND wait_event_type = 'Lock'"
 )
-SELL = postgres.store.SELL.replace("$1", "%(key)s").replace("$2", "%(customer_id)s").encode()
+SELL = (
+    postgres.store.SELL.replace("$1", "%(key)s")
+    .replace("$2", "%(customer_id)s")
+    .replace("$3", "NULL")
+    .encode()
+)
 OTHERS = """FROM pg_stat_activity
     WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()"""
 
@@ -414,7 +419,7 @@ def test_the_plan_of_a_sale_does_not_count_on_empty_tables(
     admin.execute(
         f"PREPARE sell AS {postgres.store.SELL}; PREPARE look AS {postgres.store.LOOK}".encode()
     )
-    for statement in (b"EXPLAIN EXECUTE sell ('k', 'c')", b"EXPLAIN EXECUTE look ('k')"):
+    for statement in (b"EXPLAIN EXECUTE sell ('k', 'c', 'off')", b"EXPLAIN EXECUTE look ('k')"):
         plan = "\n".join(row[0] for row in admin.execute(statement))
         assert "Index Scan using purchases_by_idempotency_key" in plan
         assert "Seq Scan" not in plan
