@@ -176,7 +176,7 @@ STORE_ERROR_RESPONSES = {error: store_error_response(error) for error in STATUS_
 
 
 def answer_store_error(error: db.StoreError) -> Response:
-    watch.refused(request_proxy.method, request_proxy.path, error)
+    watch.refused(error, request_proxy)
     return STORE_ERROR_RESPONSES[type(error)]
 
 

@@ -1,15 +1,15 @@
 """`python app.py`, the local demo: a banner, then gunicorn, or waitress where that doesn't run."""
 
-import importlib
+import importlib.util
 import os
 import signal
 import socket
 import sys
-from contextlib import suppress
 from typing import Any
 
 from flask import Flask
 
+from serving import metrics
 from serving.config import address
 from serving.headers import SECURITY_HEADERS
 from serving.json_bodies import unreadable
@@ -32,8 +32,8 @@ THREADS = 8  # waitress's; more would fight over the interpreter while one holds
 def prepare() -> None:
     """Before the app is made: who may reset, and that several processes will be measured."""
     os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET", "").strip() or "loopback"
-    with suppress(ImportError):
-        importlib.import_module("gunicorn.arbiter")  # metrics.py looks whether it is there
+    if importlib.util.find_spec("gunicorn"):
+        metrics.WORKERS_EXPECTED.append(True)
 
 
 def serve(app: Flask) -> None:

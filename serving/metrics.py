@@ -31,11 +31,15 @@ DATABASE = {  # what a store's gauges() may tell
 }
 
 
+WORKERS_EXPECTED: list[bool] = []  # by who will start gunicorn in this process
+
+
 class Instruments:
     """What this process counts. Under gunicorn it has to be made in the master, before the fork."""
 
     def __init__(self) -> None:
-        self.folder = own_folder() if "gunicorn.arbiter" in sys.modules else None
+        several = WORKERS_EXPECTED or "gunicorn.arbiter" in sys.modules
+        self.folder = own_folder() if several else None
         import prometheus_client as client  # which looks at once whether there is a folder
 
         client.disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -66,7 +66,7 @@ def tenths(stock: int, initial: int) -> int:
     return -(-stock * 10 // max(initial, 1))
 
 
-def refused(method: str, path: str, error: Exception) -> None:
+def refused(error: Exception, request: Any) -> None:
     """Count it. Log trouble with its cause, of each kind at most once in TROUBLE_PAUSE_S."""
     kind = type(error).__name__
     metrics.outcome_of(kind).inc()
@@ -78,7 +78,7 @@ def refused(method: str, path: str, error: Exception) -> None:
         if last and now - last < TROUBLE_PAUSE_S:
             return
         TIME.pack_into(SHARED, place, now)
-    log.error("%s %s: %s: %s", method, path, kind, error)
+    log.error("%s %s: %s: %s", request.method, request.path, kind, error)
 
 
 def may_write(record: logging.LogRecord) -> bool:

@@ -283,10 +283,10 @@ def test_without_the_write_lock_nothing_is_checkpointed(
     store.buy("alice")
     before = database.read_bytes()
     with write_lock(database):
-        store._checkpoint()
+        store.file.checkpoint()
         assert "failed: no write lock after 0.1" in caplog.text
         assert database.read_bytes() == before
-    store._checkpoint()
+    store.file.checkpoint()
     assert database.read_bytes() != before
 
 

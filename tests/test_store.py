@@ -10,6 +10,7 @@ import pytest
 
 import app as service_app
 import db
+from serving import metrics
 
 OpenStore = Callable[..., Any]
 
@@ -244,3 +245,30 @@ def test_eight_processes_create_one_stock(store_url: str) -> None:
     assert [results.get(timeout=60) for _ in processes] == [(5, 5, 0)] * 8
     for process in processes:
         process.join()
+
+
+def test_what_a_key_has_bought_is_found_and_nothing_is_sold(open_store: OpenStore) -> None:
+    store = open_store(stock=5)
+    assert store.find("alice", "key-1") is None
+    bought = store.buy("alice", "key-1")
+    assert store.find("alice", "key-1") == bought._replace(replayed=True)
+    with pytest.raises(db.KeyReused):
+        store.find("bob", "key-1")
+    assert store.audit() == (5, 4, 1)
+
+
+def test_each_wait_for_the_lock_is_told(open_store: OpenStore) -> None:
+    waits: list[float] = []
+    store = open_store(stock=2)
+    store.measure(waits.append, lambda: None)
+    store.buy("alice")
+    store.buy("bob", "key-1")
+    assert len(waits) == 2
+    assert all(0 < wait_s < 5 for wait_s in waits)
+
+
+def test_a_monitor_is_told_of_the_database_by_names_that_it_knows(open_store: OpenStore) -> None:
+    told = open_store().gauges()
+    assert told
+    assert told.keys() <= metrics.DATABASE.keys()
+    assert all(isinstance(value, int | float) and value >= 0 for value in told.values())
