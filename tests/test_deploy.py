@@ -14,10 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,7 +146,7 @@ class Machine:
             stdout=subprocess.DEVNULL,
             stderr=(self.root / "service.log").open("ab"),
             pass_fds=(3,),
-            preexec_fn=lambda: os.dup2(number, 3) and None,  # noqa: PLW1509
+            preexec_fn=lambda: os.dup2(number, 3) and None,
         )
 
     def stop(self) -> None:
@@ -184,7 +183,8 @@ def test_the_operators_friday_from_an_empty_machine_to_the_end(machine: Machine)
         if "litestream restore" in command:
             ids = [ask(machine.port, buy(f"later-{n}")).json["purchase_id"] for n in range(20)]
             database = machine.root / "var/backups/flash-sale/restored.db"
-            wait_until(lambda c=command: restores(machine, c, database, 25), 30, "not restored")
+            restored = partial(restores, machine, command, database, 25)
+            wait_until(restored, 30, "not restored")
             continue
         printed[command] = machine.run(command)
     output = {name: next(out for command, out in printed.items() if name in command)

@@ -287,7 +287,7 @@ def test_a_restock_during_a_sale_is_sold_too_and_everything_adds_up(
 ) -> None:
     store = open_store(stock=10)
     results: list[Any] = []
-    crowd = [(f"c{number}", None) for number in range(30)]
+    crowd: list[tuple[str, str | None]] = [(f"c{number}", None) for number in range(30)]
     selling = threading.Thread(target=lambda: results.extend(buy_in_threads(store, crowd)))
     selling.start()
     run_sql(restock(3))
