@@ -21,7 +21,7 @@ from werkzeug.exceptions import HTTPException
 
 import db
 from serving import buyers, json_bodies, metrics, opening, pages, watch
-from serving.config import ConfigError, near_misses, read_config
+from serving.config import ConfigError, near_misses, read_config, sqlite_file
 from serving.headers import (
     idempotency_key_of,
     may_reset,
@@ -212,14 +212,7 @@ def open_store(url: str, *settings: Any) -> Store:
             needs = "needs pip install -r postgres/requirements.txt"
             raise ConfigError(f"DATABASE_URL {needs} ({error})") from error
         return PostgresStore(url, *settings)
-    scheme, _, path = url.partition(":///")
-    if scheme != "sqlite" or path in ("", ":memory:"):
-        raise ConfigError(
-            "DATABASE_URL has to be sqlite:///relative/path, sqlite:////absolute/path"
-            " or postgresql://user:password@host/database"
-        )
-    path_of_file = Path(path).resolve()  # SQLite puts the WAL where a link leads
-    return db.SQLiteStore(path_of_file, *settings[:3])
+    return db.SQLiteStore(sqlite_file(url), *settings[:3])
 
 
 def create_app(**config: Any) -> Flask:
@@ -247,9 +240,15 @@ def create_app(**config: Any) -> Flask:
     observe = metrics.observer({endpoint.split()[1] for endpoint in ROUTES})
     app.wsgi_app = with_security_headers(app.wsgi_app, observe)  # type: ignore[method-assign]
     add_commands(app, store)
-    store.create()
-    watch.begin(store, [error.__name__ for error in STATUS_BY_ERROR])
+    if not flask_looks_for_a_command():  # init-db creates it itself, audit never does
+        store.create()
+        watch.begin(store, [error.__name__ for error in STATUS_BY_ERROR])
     return app
+
+
+def flask_looks_for_a_command() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and isinstance(context.command, click.Group)
 
 
 def on_store(view: View, store: Store) -> Callable[[], ResponseReturnValue]:
@@ -267,13 +266,15 @@ def add_commands(app: Flask, store: Store) -> None:
     @app.cli.command("init-db", help="Create the database, if it isn't there.")
     def init_db() -> None:
         with one_line_for_a_failure():
-            now = store.inventory()
-        click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
+            store.create()
+            offer = watch.offer(store)
+        click.echo(offer)
 
     @app.cli.command("audit", help="Count the purchases; exit status 1 if they don't add up.")
     def audit_command() -> None:
         with one_line_for_a_failure():
             counted = audit_as_dict(store)
+        click.echo(f"In {store}", err=True)
         click.echo(json.dumps(counted))
         sys.exit(not counted["consistent"])
 

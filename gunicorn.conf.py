@@ -18,7 +18,7 @@ from serving.hooks import (  # noqa: F401  (gunicorn calls them)
     when_ready,
     worker_exit,
 )
-from serving.starting import cannot_start
+from serving.starting import BACKLOG, cannot_start
 
 try:
     variables = read_config()
@@ -29,7 +29,7 @@ bind = address(variables)
 workers = variables["WEB_CONCURRENCY"]
 worker_class = "sync"  # threads would fight over the interpreter while one holds the write lock
 preload_app = True
-backlog = 2048  # the buyers of the first moment wait here; net.core.somaxconn caps it
+backlog = BACKLOG  # the buyers of the first moment wait here
 timeout = 30 + math.ceil(variables["LOCK_TIMEOUT"])  # above every wait for the write lock
 graceful_timeout = DRAIN_LIMIT_S + timeout  # the last of the backlog may wait for the lock
 control_socket_disable = True

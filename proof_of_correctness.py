@@ -27,7 +27,7 @@ try:
     import click
 
     from proof.api import Api, CannotJudge
-    from proof.buyers import Crowd, hold_sale
+    from proof.buyers import Crowd, hold_crowded_sale, hold_sale
     from proof.checker import find_violations
     from proof.history import History, Reading
     from proof.limits import require_open_files, stop_once, time_limit
@@ -183,7 +183,7 @@ TESTS: dict[int, Callable[[Setting], Test]] = {
 
 def sales(api: Api, stock: int, *plans: Sequence[Crowd]) -> Iterator[History]:
     for crowds in plans:
-        yield hold_sale(api, stock, crowds)
+        yield hold_crowded_sale(api, stock, crowds)
 
 
 # ---- The verdict

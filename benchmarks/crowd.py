@@ -118,7 +118,7 @@ class Crowd:
                 buyer = heapq.heappop(self.waiting)[2]
                 self.poll.register(buyer.connect(self.place), select.EPOLLOUT | select.EPOLLET)
                 self.send(buyer)
-        for buyer in [*self.sent.values(), *(buyer for _, _, buyer in self.waiting)]:
+        for buyer in list(self.sent.values()):
             self.told(buyer, LOST, {}, "no answer in time")
 
     def send(self, buyer: Buyer) -> None:

@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from queue import Empty, LifoQueue
 from threading import Lock
 from typing import Any
@@ -24,20 +25,7 @@ from psycopg.pq.abc import PGresult
 import db
 from serving.config import ConfigError
 
-# What a sale leans on, whatever the server, the database, the role, the URL and PGOPTIONS say. Only
-# a WARNING tells that the wait for a standby was cut short. A plan that was made while the tables
-# were empty is kept for the whole sale, so it must not be one that is good for empty tables.
-SET_UP = """
-    SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES
-        ('lock_timeout', $1), ('statement_timeout', $2), ('idle_session_timeout', '0'),
-        ('idle_in_transaction_session_timeout', '0'), ('transaction_timeout', '0'),
-        ('client_encoding', 'UTF8'), ('client_min_messages', 'warning'),
-        ('search_path', coalesce($3, current_setting('search_path'))),
-        ('default_transaction_isolation', 'read committed'),
-        ('plan_cache_mode', 'force_generic_plan'), ('enable_seqscan', 'off'), ('jit', 'off'),
-        ('synchronous_commit', CASE current_setting('synchronous_commit')
-            WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END)
-    ) AS needed (name, value) USING (name)"""
+SET_UP = Path(__file__).with_name("session.sql").read_text("utf-8")
 DEFAULTS = {  # unless the URL says otherwise
     "connect_timeout": "2",
     "tcp_user_timeout": "3000",
@@ -84,7 +72,10 @@ class Connections:
         self._timeouts = (str(lock_timeout_ms), str(statement_timeout_ms))
         self._pool_timeout_s = pool_timeout_s
         self._pools: defaultdict[int, Pool] = defaultdict(partial(Pool, pool_size))  # by process id
-        self._hosts = deque(_one_for_each_host(url))  # the one that answered last comes first
+        given = _parse(url)
+        places = [f"{name} {given[name]}" for name in ("host", "port", "dbname") if name in given]
+        self.place = " ".join(places)  # without user and password
+        self._hosts = deque(_one_for_each_host(given))  # the one that answered last comes first
 
     def ask(self, deadline: float, *transactions: Sequence[Statement]) -> list[Outcome]:
         """As `Connection.ask`, on a standing connection. Raises Busy and Unavailable, too."""
@@ -130,7 +121,7 @@ class Connections:
 
     def close(self) -> None:
         """Close this process's connections."""
-        slots = self._pools.pop(os.getpid()).slots if os.getpid() in self._pools else LifoQueue()
+        slots = self._pools.pop(os.getpid(), Pool(0)).slots
         while not slots.empty():
             if connection := slots.get():
                 connection.close()
@@ -290,28 +281,17 @@ def _value(result: PGresult, column: int) -> int | str | None:
     return int(value) if result.ftype(column) in INTEGER_TYPES else value.decode()
 
 
-def place(url: str) -> str:
-    """Where a URL leads, without user and password. Raises ConfigError, without them too."""
-    given = _parse(url)
-    return " ".join(f"{name} {given[name]}" for name in ("host", "port", "dbname") if name in given)
-
-
-def _one_for_each_host(url: str) -> list[str]:
+def _one_for_each_host(given: dict[str, str]) -> list[str]:
     """libpq tries several hosts by itself, but no other if one falls silent after the log-in."""
-    given = DEFAULTS | _parse(url)
     lists = {name: given[name].split(",") for name in ("host", "hostaddr", "port") if name in given}
     count = max(map(len, lists.values()), default=1)
     if any(len(values) not in (1, count) for values in lists.values()):
         raise ConfigError("DATABASE_URL has to name one port, or one for each of its hosts")
-    return [
-        conninfo.make_conninfo(
-            "", **given | {name: values[n % len(values)] for name, values in lists.items()}
-        )
-        for n in range(count)
-    ]
+    places = [{name: lists[name][n % len(lists[name])] for name in lists} for n in range(count)]
+    return [conninfo.make_conninfo("", **DEFAULTS | given | place) for place in places]
 
 
-def _parse(url: str) -> dict[str, Any]:
+def _parse(url: str) -> dict[str, str]:
     wrong = "DATABASE_URL has to be postgresql://user:password@host/database, %-encoded"
     if not URL.fullmatch(url):
         raise ConfigError(f"{wrong} (@ is %40, : is %3A, / is %2F)")

@@ -6,40 +6,10 @@ from pathlib import Path
 import db
 from postgres.connections import Connection, Connections, Row, row_of
 
-SCHEMA = Path(__file__).with_name("schema.sql")
-# From pg_class itself: to_regclass() may answer from before the wait for another process.
-EXAMINE = """
-    SELECT count(oid), min(relnamespace::regnamespace::text), CASE
-        WHEN current_setting('server_encoding') <> 'UTF8' THEN format(
-            'the database''s encoding is %s, this program needs UTF8',
-            current_setting('server_encoding'))
-        WHEN current_setting('transaction_read_only') = 'on' THEN
-            'this server is read-only: a standby?'
-        WHEN 'off' IN (current_setting('fsync'), current_setting('full_page_writes')) THEN
-            'a crash would lose sales: set fsync and full_page_writes to on'
-        WHEN max(obj_description(oid, 'pg_class')) IS DISTINCT FROM mark AND count(oid) > 0 THEN
-            format('its tables are not ours: the comment on inventory is %L, needed is %L',
-            max(obj_description(oid, 'pg_class')), mark)
-        WHEN NOT bool_and(has_table_privilege(oid, 'SELECT') AND has_table_privilege(
-            oid, CASE relname WHEN 'inventory' THEN 'UPDATE' ELSE 'INSERT' END)) THEN
-            'this role may not sell: GRANT SELECT, UPDATE ON inventory and SELECT, INSERT ON'
-            ' purchases to it'
-        END
-    FROM (SELECT 'flash sale inventory, schema 1' AS mark) AS schema_sql LEFT JOIN pg_class
-        ON relname IN ('inventory', 'purchases') AND pg_table_is_visible(oid)
-    GROUP BY mark"""
-# A sequence lags where the tables were restored or replicated without it.
-COMPARE_IDS = """
-    SELECT CASE
-        WHEN NOT EXISTS (SELECT FROM inventory) THEN 'the inventory table is empty'
-        WHEN used > drawn THEN format(
-            'purchase ids up to %s are used, but the next is %s: run SELECT setval(%L, %1$s)',
-            used, drawn + 1, sequence)
-        END
-    FROM pg_get_serial_sequence('purchases', 'purchase_id') AS sequence,
-        LATERAL (SELECT (SELECT max(purchase_id) FROM purchases) AS used,
-            CASE WHEN has_sequence_privilege(sequence, 'SELECT, USAGE')
-            THEN coalesce(pg_sequence_last_value(sequence::regclass), 0) END AS drawn) AS ids"""
+FOLDER = Path(__file__).parent
+SCHEMA = (FOLDER / "schema.sql").read_text("utf-8")
+EXAMINE = (FOLDER / "examine.sql").read_text("utf-8")
+COMPARE_IDS = (FOLDER / "compare_ids.sql").read_text("utf-8")
 LOCK = "SELECT pg_advisory_xact_lock(1179407176)"
 FIRST_STOCK = """
     INSERT INTO inventory (item_id, item_name, stock, initial_stock)
@@ -78,7 +48,7 @@ def _create_tables(connection: Connection, deadline: float, item_name: str, stoc
     for statement in ("BEGIN", LOCK):
         _ask(connection, deadline, statement)
     if not has_our_tables(_ask(connection, deadline, EXAMINE)):  # else another process was first
-        for statement in SCHEMA.read_text("utf-8").split(";\n"):
+        for statement in SCHEMA.split(";\n"):
             _ask(connection, deadline, statement)
         _ask(connection, deadline, FIRST_STOCK, item_name, str(stock))
     _ask(connection, deadline, "COMMIT")

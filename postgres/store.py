@@ -8,13 +8,14 @@ through the disk's flush: the same trip carries a second transaction that waits 
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psycopg
 from psycopg import errors
 
 import db
 from postgres import setup
-from postgres.connections import Connections, Row, Statement, one_line, place, row_of
+from postgres.connections import Connections, Row, Statement, one_line, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
 CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
@@ -40,7 +41,6 @@ class PostgresStore:
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
         self._connections = Connections(url, lock_timeout_s, pool_size, pool_timeout_s)
-        self._place = place(url)
         self._on_lock_wait: Callable[[float], object] = lambda seconds: None
         self._durable_zero = ""  # the version of the row that is sold out on every disk
         self._careful = True  # until a commit was confirmed in time
@@ -157,13 +157,14 @@ class PostgresStore:
         self._connections.close()
 
     def __str__(self) -> str:
-        return f"PostgreSQL, {self._place}"
+        return f"PostgreSQL, {self._connections.place}"
 
     def _read(self, *statements: str) -> list[Row]:
         """A row of each, which sells nothing."""
         deadline = time.monotonic() + self.lock_timeout_s
         try:
-            return self._ask(deadline, *map(_alone, statements), repeatable=True)
+            transactions: list[list[Statement]] = [[(text, ())] for text in statements]
+            return self._ask(deadline, *transactions, repeatable=True)
         except db.OutcomeUnknown as error:
             raise db.Unavailable(str(error)) from error
 
@@ -184,9 +185,14 @@ class PostgresStore:
             except psycopg.Error as error:  # before anything was sent
                 outcomes = [error]
             failure = next((o for o in outcomes if isinstance(o, psycopg.Error)), None)
+            if failure is None and all(outcomes):
+                return [row_of(outcome) for outcome in outcomes]
             if failure is None:
-                return [_not_empty(row_of(outcome)) for outcome in outcomes]
-            refusal, again = _refusal(failure, time.monotonic() - started), _is_undone(failure)
+                raise db.Unavailable("the inventory table is empty")
+            refusal, again = (
+                _refusal(failure, time.monotonic() - started),
+                isinstance(failure, UNDONE),
+            )
             if failure is not outcomes[0]:  # the first, a sale perhaps, is there, on some disk
                 refusal = db.OutcomeUnknown(one_line(failure))
             if isinstance(refusal, db.OutcomeUnknown):
@@ -194,16 +200,6 @@ class PostgresStore:
             if not again or time.monotonic() > deadline:
                 raise unknown or refusal from failure
             time.sleep(random.uniform(0, RETRY_SLEEP_MAX_S))  # noqa: S311
-
-
-def _alone(statement: str) -> list[Statement]:
-    return [(statement, ())]
-
-
-def _not_empty(row: Row) -> Row:
-    if not row:
-        raise db.Unavailable("the inventory table is empty")
-    return row
 
 
 def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
@@ -217,39 +213,12 @@ def _refusal(error: psycopg.Error, waited_s: float) -> db.StoreError:
         return db.OutcomeUnknown(one_line(error))
     if isinstance(error, WAITED + CONFLICTS):
         return db.Busy(waited_s)
-    if isinstance(error, errors.IntegrityError) and not _is_undone(error):
+    if isinstance(error, errors.IntegrityError) and not isinstance(error, UNDONE):
         raise error  # a bug, refused by a constraint
     return db.Unavailable(one_line(error))
 
 
-def _is_undone(failure: psycopg.Error) -> bool:
-    """Whether another attempt may succeed where this one certainly sold nothing."""
-    return isinstance(failure, (*CONFLICTS, *MOVED, errors.UniqueViolation))
-
-
-# All parts see the database as it was when the statement began. Only UPDATE waits for the row, and
-# then looks at its newest version. If two requests with one key run at once, the unique index
-# rejects the second and undoes its decrement: asked again, it finds the first purchase. A request
-# that waited in vain sees an old stock, and is asked again too.
-# With 'off' the sale itself waits for no disk, so the row's lock is free at once; CONFIRM waits.
-SELL = """
-    WITH bought AS (
-        SELECT purchase_id, remaining_stock, customer_id FROM purchases WHERE idempotency_key = $1
-    ), taken AS (
-        UPDATE inventory SET stock = stock - 1, last_updated = clock_timestamp()
-        WHERE item_id = 1 AND stock > 0 AND NOT EXISTS (SELECT FROM bought) AND (
-            SELECT set_config('synchronous_commit',
-                coalesce($3, current_setting('synchronous_commit')), true)) IS NOT NULL
-        RETURNING stock
-    ), sold AS (
-        INSERT INTO purchases (item_id, customer_id, idempotency_key, remaining_stock)
-        SELECT 1, $2, $1, stock FROM taken
-        RETURNING purchase_id, remaining_stock
-    )
-    SELECT coalesce(sold.purchase_id, bought.purchase_id),
-        coalesce(sold.remaining_stock, bought.remaining_stock), bought.customer_id, stock,
-        inventory.xmin
-    FROM inventory LEFT JOIN sold ON true LEFT JOIN bought ON true WHERE item_id = 1"""
+SELL = Path(__file__).with_name("sell.sql").read_text("utf-8")
 # A commit waits for the disks only if it has an id and wrote WAL: hence a transactional message.
 CONFIRM = "SELECT pg_logical_emit_message(true, 'flash sale', '')"
 # LOOK costs half as much as SELL. It is tried first after a SoldOut, and knows only that one zero:
@@ -280,3 +249,5 @@ SET_STOCK = """
 WAITED = (errors.LockNotAvailable, errors.QueryCanceled)
 CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
 MOVED = (errors.AdminShutdown, errors.ReadOnlySqlTransaction)  # stopping, or no longer the primary
+# Another attempt may succeed where this one certainly sold nothing.
+UNDONE = (*CONFLICTS, *MOVED, errors.UniqueViolation)

@@ -1,9 +1,10 @@
-"""The limits of a run: time, and open files."""
+"""The limits of a run: time, open files, interruptions, and threads that can't outlive it."""
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from proof.api import CannotJudge
 
@@ -60,3 +61,29 @@ def stop_once() -> None:
 
     for number in heard:
         signal.signal(number, interrupt)
+
+
+class Job(threading.Thread):
+    """A thread that was started. As a daemon it can't keep the proof from ending in time."""
+
+    def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.work, self.arguments = work, arguments
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.over = threading.Event()  # join() may fail when a signal interrupts it
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.work(*self.arguments)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.over.set()
+
+    def result(self) -> Any:
+        self.over.wait()
+        if self.error:
+            raise self.error
+        return self.value

@@ -72,6 +72,23 @@ def near_misses() -> dict[str, str]:
     return {name: likely[0] for name, likely in found.items() if likely}
 
 
+def sqlite_file(url: str) -> Path:
+    """The absolute path that a sqlite URL names: a relative one starts where the service does."""
+    scheme, _, path = url.partition(":///")
+    if scheme != "sqlite" or path in ("", ":memory:"):
+        raise ConfigError(
+            "DATABASE_URL has to be sqlite:///relative/path, sqlite:////absolute/path"
+            " or postgresql://user:password@host/database"
+        )
+    if odd := re.search("[?#%]", path):
+        plain = path[: odd.start()]
+        raise ConfigError(
+            "DATABASE_URL may have no ?, # or % after sqlite:///, as no options follow the file"
+            f" and nothing in its name is escaped - write sqlite:///{plain}"
+        )
+    return Path(path).resolve()  # SQLite puts the WAL where a link leads
+
+
 def address(config: Mapping[str, Any]) -> str:
     host, port = config["HOST"], config["PORT"]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -26,7 +26,7 @@ log = logging.getLogger("gunicorn.error")
 
 def install(server: Any, store: Any, host: str, port: int | None) -> None:
     """In the master, once it listens: count the workers that die, and serve, if there is a port."""
-    if folder := metrics.instruments().folder:  # the workers' too, with the rights they are given
+    if folder := metrics.instruments().folder:  # the workers write there, with their own rights
         os.chown(folder, server.cfg.uid, server.cfg.gid)
     start = functools.partial(fork, server, store, host, port)
     server.exporter = start() if port else 0

@@ -3,32 +3,35 @@
 from typing import Any
 
 from serving import draining, exporter, metrics, watch
-from serving.starting import acting_as, cannot_start
+from serving.starting import acting_as, cannot_start, short_queue
+
+
+def store_of(server: Any) -> Any:
+    return server.app.wsgi().extensions["store"]  # gunicorn has loaded the app before the fork
 
 
 def on_starting(server: Any) -> None:
-    from app import app, one_line_for_a_failure
-
-    with one_line_for_a_failure(), acting_as(server.cfg.uid, server.cfg.gid):
-        app.extensions["store"].create()  # again, with the workers' rights
+    """The app is loaded, nothing is bound yet."""
+    try:
+        with acting_as(server.cfg.uid, server.cfg.gid):
+            store_of(server).create()  # again, with the workers' rights
+    except Exception as error:
+        cannot_start(error)
 
 
 def when_ready(server: Any) -> None:
     """The master listens, and has no worker yet."""
-    from app import app
-
-    server.log.info("Selling %s, from %s", watch.OFFER[0], app.extensions["store"])
+    server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))
+    if short := short_queue():
+        server.log.warning(short)
     draining.install(server)
-    exporter.install(
-        server, app.extensions["store"], app.config["HOST"], app.config["METRICS_PORT"]
-    )
+    config = server.app.wsgi().config
+    exporter.install(server, store_of(server), config["HOST"], config["METRICS_PORT"])
 
 
 def pre_exec(server: Any) -> None:
     """An upgrade: in the process that becomes the second master."""
-    from app import app
-
-    if stopped := getattr(app.extensions["store"], "stopped", ""):  # a new master wouldn't know
+    if stopped := getattr(store_of(server), "stopped", ""):  # a new master wouldn't know
         cannot_start(stopped)
     draining.before_upgrade(server)
 

@@ -31,12 +31,20 @@ def begin(store: Any, kinds: list[str]) -> None:
         metrics.outcome_of(kind)  # told as 0 from the beginning
     for kind in ("Sold", "Replayed"):
         metrics.outcome_of(kind)
-    now = store.inventory()
+    OFFER[0] = offer(store)
+    restocked(store.inventory().initial_stock)
     store.close()
-    restocked(now.initial_stock)
-    OFFER[0] = f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left"
     tools = metrics.instruments()
     store.measure(tools.lock_waits.observe, tools.checkpoints.inc)
+
+
+def offer(store: Any) -> str:
+    """What is on sale, and that INITIAL_STOCK says something else, where it does."""
+    now = store.inventory()
+    left = f"{now.item_name}: {now.current_stock:,} of {now.initial_stock:,} units left"
+    if store.initial_stock == now.initial_stock:
+        return left
+    return f"{left}; INITIAL_STOCK ({store.initial_stock:,}) is used for a new database only"
 
 
 def restocked(initial_stock: int) -> None:

@@ -19,9 +19,9 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
-from postgres_cluster import PASSWORD, Cluster
+from postgres_cluster import PASSWORD
 from service import PROJECT, Service, need, wait_until
 
 from proof.api import RETRY_SLEEP_S, Api, CannotJudge, connection_to
@@ -38,6 +38,10 @@ BUYERS = 12
 REQUEST_TIMEOUT_S = 3
 PATIENCE_S = 25.0
 READING_PAUSE_S = 0.02
+
+
+class HasSql(Protocol):
+    def sql(self, statement: str, database: str = "postgres") -> str: ...
 
 
 class Network:
@@ -159,9 +163,10 @@ class Buyers:
     this buyer has two tickets. Leaving `with` waits until every purchase that was begun is settled.
     """
 
-    def __init__(self, urls: Sequence[str], stock: int) -> None:
+    def __init__(self, urls: Sequence[str], stock: int, patience_s: float = PATIENCE_S) -> None:
         self.urls = urls
         self.stock = stock
+        self.patience_s = patience_s
         self.attempts: list[Attempt] = []
         self.readings: list[Reading] = []
         self._customers = count()
@@ -202,11 +207,13 @@ class Buyers:
             return places.count(self.urls.index(url)) if url else len(places)
 
         wait_until(
-            lambda: sold() >= wanted, PATIENCE_S, f"no {wanted} sales at {url or 'all hosts'}"
+            lambda: sold() >= wanted, self.patience_s, f"no {wanted} sales at {url or 'all hosts'}"
         )
 
     def wait_until_sold_out(self) -> None:
-        wait_until(lambda: all(job.done() for job in self._jobs[:-1]), PATIENCE_S, "not sold out")
+        wait_until(
+            lambda: all(job.done() for job in self._jobs[:-1]), self.patience_s, "not sold out"
+        )
 
     def _shop(self, thread: int) -> None:
         while not self._over.is_set():
@@ -214,7 +221,7 @@ class Buyers:
                 return
 
     def _insist(self, thread: int, customer: str) -> int:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         number, unclear = 1, False
         while time.monotonic() < deadline:
             status = self._ask(thread, customer, f"{customer}-{number}")
@@ -224,7 +231,7 @@ class Buyers:
             number += not unclear
             time.sleep(RETRY_SLEEP_S)
         raise AssertionError(
-            f"{customer} was neither sold a ticket nor told SOLD OUT in {PATIENCE_S} s"
+            f"{customer} was neither sold a ticket nor told SOLD OUT in {self.patience_s} s"
         )
 
     def _ask(self, thread: int, customer: str, key: str) -> int:
@@ -246,7 +253,7 @@ class Buyers:
             return Api(self.urls[0]).audit()
         return None
 
-    def judge(self, cluster: Cluster, database: str) -> None:
+    def judge(self, cluster: HasSql, database: str) -> None:
         """The history is linearizable, and exactly what was acknowledged is stored, each once."""
         sold = {a[2:4] + a[7:9] for a in self.attempts if a.status == SOLD}
         query = "SELECT customer_id, idempotency_key, remaining_stock, purchase_id FROM purchases"

@@ -81,7 +81,7 @@ class Cluster:
         self.data = self.folder / "data"
         self.log = self.folder / "log"
         if os.geteuid() == 0:
-            os.chown(self.folder, pwd.getpwnam(_unprivileged_user()).pw_uid, -1)
+            os.chown(self.folder, pwd.getpwnam(unprivileged_user()).pw_uid, -1)
 
     def __enter__(self) -> Self:
         try:
@@ -159,15 +159,23 @@ class Cluster:
         if self.process is None or self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGSTOP)  # no new backend in between
-        backends = (
-            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        )
-        for pid in [self.process.pid, *map(int, backends)]:
-            os.kill(pid, signal.SIGKILL)
+        backends = self.backends()
+        self.signal_all(signal.SIGKILL)
         self.process.wait(STOP_TIMEOUT_S)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while any(_is_alive(pid) for pid in backends) and time.monotonic() < deadline:
+        while any(map(_is_alive, backends)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """To the server and all of its processes, as to a whole machine."""
+        assert self.process
+        for pid in [self.process.pid, *self.backends()]:
+            os.kill(pid, number)
+
+    def backends(self) -> list[int]:
+        assert self.process
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
 
     def promote(self) -> None:
         """Make a standby the primary, and wait until it takes writes."""
@@ -194,23 +202,11 @@ class Cluster:
 
     def sql(self, statement: str, database: str = "postgres") -> str:
         """What psql prints for a statement, over the unix socket; bounded, and without psycopg."""
-        place = ["-h", self.folder, "-p", self.port, "-U", ROLE, "-d", database]
-        return self.run(
-            "psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *place, "-c", statement
-        )
+        return psql(self.folder, self.port, statement, database, self.prefix)
 
     def run(self, program: str, *arguments: object) -> str:
         """A program of PostgreSQL's, as the server's user; its output."""
-        command = [
-            *self.prefix,
-            *as_unprivileged_user(),
-            str(_binary(program)),
-            *map(str, arguments),
-        ]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
-        return done.stdout.strip()
+        return run_program(self.folder, program, *arguments, prefix=self.prefix)
 
     def _configure(self) -> None:
         settings = (
@@ -236,6 +232,21 @@ class Cluster:
         raise RuntimeError(f"PostgreSQL doesn't start: {self.log.read_text()[-2000:]}")
 
 
+def psql(folder: Path, port: int, statement: str, database: str, prefix: Sequence[str] = ()) -> str:
+    """What it prints for a statement, over the unix socket in `folder`."""
+    options = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+    place = ["-h", folder, "-p", port, "-U", ROLE, "-d", database]
+    return run_program(folder, "psql", *options, *place, "-c", statement, prefix=prefix)
+
+
+def run_program(folder: Path, program: str, *arguments: object, prefix: Sequence[str] = ()) -> str:
+    command = [*prefix, *as_unprivileged_user(), str(_binary(program)), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
 def _binary(program: str) -> Path:
     folder = binaries()
     if folder is None:
@@ -243,7 +254,7 @@ def _binary(program: str) -> Path:
     return folder / program
 
 
-def _unprivileged_user() -> str:
+def unprivileged_user() -> str:
     """PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return getpass.getuser()
@@ -254,11 +265,11 @@ def _unprivileged_user() -> str:
 def as_unprivileged_user() -> list[str]:
     if os.geteuid() != 0:
         return []
-    user = pwd.getpwnam(_unprivileged_user())
+    user = pwd.getpwnam(unprivileged_user())
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
 
 
-def _is_alive(pid: str) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -274,7 +274,7 @@ def sell_under_trace(folder: Path, change: str, sales: int = 150, refusals: int 
     """Three workers sell out concurrently, a checkpoint every 20 sales, and refuse the rest."""
     # strace slows everything down: a checkpoint gets the time it needs to happen.
     command = patched(
-        "import db, sqlite.wal; db.CHECKPOINT_EVERY = 20; db.CHECKPOINT_PATIENCE_S = 10\n"
+        "import db, sqlite.wal; db.CHECKPOINT_EVERY = 20; sqlite.wal.CHECKPOINT_PATIENCE_S = 10\n"
         f"{SLOW_LAST_SALE}\n{change}"
     )
     with traced(folder, *command, stock=sales, workers=3) as (service, trace):

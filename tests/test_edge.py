@@ -257,7 +257,7 @@ def test_operators_see_it_from_the_addresses_that_they_name(
 
 # ---- What nginx answers by itself, over HTTP/1.1 and HTTP/2
 
-SECTION = (PROJECT / "deploy" / "README.md").read_text().partition("## TLS\n")[2].partition("\n## ")
+SECTION = (PROJECT / "deploy" / "README.md").read_text().partition("### TLS\n")[2].partition("\n##")
 TLS_LISTEN, TLS_REDIRECT = re.findall(r"```nginx\n(.*?)```", SECTION[0], re.DOTALL)
 PLAIN_LISTEN = (
     "listen 80 backlog=65535 reuseport;\n        listen [::]:80 backlog=65535 reuseport;\n"

@@ -1,8 +1,11 @@
 """When the primary is lost, the same workers sell on at its synchronous standby."""
 
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ DISTANCE_S = (
     0.01  # from the primary to the standby, and back: some answer would get ahead of its copy
 )
 WORKERS = 4
+LOCK_TIMEOUT_S = 0.5
 LIMIT_S = 20
 SYNCHRONOUS = "SELECT sync_state FROM pg_stat_replication"
 
@@ -82,7 +86,11 @@ def start_standby(stack: ExitStack, primary: Cluster, standby: Cluster) -> Clust
 def settings(primary: Cluster, standby: Cluster) -> dict[str, str]:
     servers = ",".join(f"{server.host}:{server.port}" for server in (primary, standby))
     url = f"postgresql://{ROLE}:{PASSWORD}@{servers}/sale?target_session_attrs=read-write"
-    return {"LOCK_TIMEOUT": "0.5", "WEB_CONCURRENCY": str(WORKERS), "DATABASE_URL": url}
+    return {
+        "LOCK_TIMEOUT": str(LOCK_TIMEOUT_S),
+        "WEB_CONCURRENCY": str(WORKERS),
+        "DATABASE_URL": url,
+    }
 
 
 def fail_over(service: Service, lose_primary: Callable[[], None], standby: Cluster) -> None:
@@ -145,9 +153,54 @@ def test_a_sale_stands_still_while_the_standby_is_away_and_goes_on_when_it_is_ba
         wait_until(lambda: len(told(buyers, gone)) >= 30, LIMIT_S, "hardly anybody is answered")
         assert set(told(buyers, gone)) <= {BUSY, LOST}
         assert {BUSY, LOST} <= {a.status for a in list(buyers.attempts) if a.end > killed}
+        acknowledged = sum(a.status == SOLD for a in list(buyers.attempts))
+        unknown = int(primary.sql("SELECT count(*) FROM purchases", "sale")) - acknowledged
+        assert 0 < unknown <= allowed_unknown(killed)
         standby.start()
         buyers.wait_until_sold_out()
     buyers.judge(primary, "sale")
+
+
+def allowed_unknown(since: float) -> float:
+    """One sale for each worker, and then one for each lock timeout."""
+    return WORKERS + 1 + (time.monotonic() - since) / LOCK_TIMEOUT_S
+
+
+def test_buyers_without_keys_take_no_more_than_a_few_units_while_the_standby_stands_still(
+    service: Service, primary: Cluster, standby: Cluster
+) -> None:
+    service.reset(STOCK)
+    over = threading.Event()
+
+    def shop() -> list[tuple[float, float, int]]:
+        answers = []
+        while not over.wait(0.01):
+            start, status = time.monotonic(), service.buy().status_code
+            answers.append((start, time.monotonic(), status))
+        return answers
+
+    with ThreadPoolExecutor(12) as crowd:
+        buyers = [crowd.submit(shop) for _ in range(12)]
+        wait_until(lambda: sold_at(service) >= SALES, LIMIT_S, "nothing is sold")
+        standby.signal_all(signal.SIGSTOP)
+        stopped = time.monotonic()
+        time.sleep(6 * LOCK_TIMEOUT_S)
+        resumed, allowed = time.monotonic(), allowed_unknown(stopped)
+        standby.signal_all(signal.SIGCONT)
+        wait_until(lambda: service.buy().status_code == 200, LIMIT_S, "nothing is sold any more")
+        over.set()
+        answers = [answer for buyer in buyers for answer in buyer.result()]
+    meanwhile = {status for start, end, status in answers if stopped < start and end < resumed}
+    assert meanwhile == {500, 503}
+    statuses = Counter(status for _, _, status in answers)
+    assert 0 < statuses[500] <= allowed
+    audit = service.get("/audit")
+    assert audit["consistent"]
+    assert 0 <= audit["purchase_records"] - statuses[200] - 1 <= statuses[500]
+
+
+def sold_at(service: Service) -> int:
+    return int(service.get("/inventory")["total_purchases"])
 
 
 def told(buyers: Buyers, since: float) -> list[int]:

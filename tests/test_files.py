@@ -11,7 +11,7 @@ import pytest
 import requests
 from conftest import OpenStore
 from service import Service, need, run_to_end, wait_until
-from test_faults import errors, mounting, stored
+from test_faults import GUNICORN, errors, mounting, stored
 from test_sqlite_store import execute
 
 import db
@@ -31,7 +31,7 @@ def test_a_file_with_two_names_is_refused(open_store: OpenStore, database: Path)
     assert open_store().buy("alice").remaining_stock == 4
 
 
-@pytest.mark.parametrize("name", ["inventory.db", "with blank\tand \\.db"])
+@pytest.mark.parametrize("name", ["inventory.db", "with blank and \\.db"])
 def test_a_file_that_is_a_mount_point_is_refused(tmp_path: Path, name: str) -> None:
     """As a container's -v ./inventory.db:/app/inventory.db makes it: two names again."""
     need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
@@ -64,7 +64,7 @@ def assert_stopped(service: Service, known: str) -> None:
 def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
     tmp_path: Path, suffix: str, how: str
 ) -> None:
-    with Service(tmp_path, WEB_CONCURRENCY="2", INITIAL_STOCK=str(MANY)) as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="2", INITIAL_STOCK=str(MANY)) as service:
         wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
         told = [service.buy("alice", f"key-{n}").json()["purchase_id"] for n in range(40)]
         touched = Path(f"{tmp_path}/inventory.db{suffix}")
@@ -81,7 +81,7 @@ def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
         assert len(set(told)) == len(told)
         assert_stopped(service, "key-1")
     if suffix == "-shm":  # what the WAL held is still there
-        with Service(tmp_path, WEB_CONCURRENCY="2") as service:
+        with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="2") as service:
             assert service.buy("alice", "key-new").status_code == 200
             assert service.buy("alice", "key-1").headers["Idempotent-Replayed"] == "true"
         assert stored(tmp_path / "inventory.db", MANY) == {*told, max(told) + 1}
@@ -104,19 +104,21 @@ def test_nothing_is_replayed_on_a_wal_that_was_removed(
 
 def test_the_inventory_row_gone_is_503_everywhere_and_back_sells(tmp_path: Path) -> None:
     database = tmp_path / "inventory.db"
-    with Service(tmp_path, WEB_CONCURRENCY="1") as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:
         execute_without_foreign_keys(database, "DELETE FROM inventory")
         for method, path in (
             ("POST", "/buy_ticket"),
             ("GET", "/inventory"),
             ("GET", "/audit"),
-            ("GET", "/metrics"),
             ("GET", "/health"),
             ("POST", "/reset"),
         ):
             answer = requests.request(method, service.url + path, timeout=10)
             assert (answer.status_code, answer.json()["success"]) == (503, False), path
             assert "the inventory table is empty" in errors(service)[-1]
+        assert (
+            "flash_sale_database_up 0.0" in requests.get(f"{service.url}/metrics", timeout=10).text
+        )
         columns = "item_id, item_name, stock, initial_stock"
         execute(database, f"INSERT INTO inventory ({columns}) VALUES (1, 'Concert', 5, 5)")
         assert service.buy().json()["remaining_stock"] == 4

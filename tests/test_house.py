@@ -5,8 +5,7 @@ from graphlib import TopologicalSorter
 
 from service import PROJECT
 
-FLOORS = {"serving": 0, "sqlite": 0, "db": 1, "postgres": 2, "app": 3}
-FLOORS |= {"serving.local": 3, "serving.hooks": 3}  # they start and run the app
+FLOORS = {"serving": 0, "sqlite": 0, "db": 1, "postgres": 2, "app": 3, "serving.local": 3}
 CLIENT = ("proof", "proof_of_correctness")  # they know the service by HTTP only
 PATTERNS = ("*.py", "serving/*.py", "sqlite/*.py", "postgres/*.py", "proof/*.py")
 SOURCES = {

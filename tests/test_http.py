@@ -415,7 +415,7 @@ def test_the_command_line_creates_and_audits(make_app: MakeApp, database: Any) -
     buy(app.test_client())
     audited = runner.invoke(args=["audit"])
     assert audited.exit_code == 0
-    assert json.loads(audited.output)["purchase_records"] == 1
+    assert json.loads(audited.stdout)["purchase_records"] == 1
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("DELETE FROM purchases")
     assert runner.invoke(args=["audit"]).exit_code == 1

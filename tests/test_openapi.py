@@ -262,7 +262,8 @@ def test_a_sale_that_is_not_open_yet_is_as_described(make_app: MakeApp) -> None:
     assert answer.status_code == 403
     assert int(answer.headers["Retry-After"]) > 0
     assert_described(answer, OPERATIONS["POST /buy_ticket"]["responses"]["403"])
-    told: Any = client.get("/inventory")
+    told = client.get("/inventory")
+    assert told.json is not None
     assert (told.json["opens_at"], told.json["open"]) == ("2999-12-31T20:00:00+01:00", False)
     assert_described(told, OPERATIONS["GET /inventory"]["responses"]["200"])
 

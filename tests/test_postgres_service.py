@@ -270,7 +270,7 @@ def test_a_forgotten_service_sells_nothing_once_its_sale_has_moved(
         for number in range(8):
             refused = service.buy(f"c{number}")
             assert (refused.status_code, refused.headers.get("Retry-After")) == (503, "1")
-        assert "moved to PostgreSQL, host 127.0.0.1 port" in service.log
+        assert "this sale was moved: PostgreSQL, host 127.0.0.1 port" in service.log
         assert PASSWORD not in service.log
         assert requests.get(f"{service.url}/health", timeout=10).status_code == 503
         assert service.buy("alice", "key-1").headers["Idempotent-Replayed"] == "true"
@@ -341,7 +341,7 @@ def test_a_move_in_doubt_leaves_nobody_who_sells(
         moved = move.result(60)
     assert moved.returncode == 1
     assert moved.stderr.startswith("Perhaps moved, ")
-    with pytest.raises(db.Unavailable, match="moved to PostgreSQL"):
+    with pytest.raises(db.Unavailable, match="this sale was moved: PostgreSQL"):
         store.buy("bob")
     store.close()
 

@@ -21,7 +21,7 @@ from test_proof_command import RUN_TIMEOUT_S, environment, judging, read_until, 
 
 from proof import workers
 from proof.api import Api, CannotJudge
-from proof.buyers import Crowd, hold_sale
+from proof.buyers import Crowd, hold_crowded_sale, hold_sale
 from proof.history import Attempt, Audit, History, Reading
 from proof.orders import keyed_orders, repeating_rows
 from proof.result import FAILED, INCONCLUSIVE, PASSED
@@ -259,11 +259,41 @@ def in_a_row(buyers: int) -> list[Attempt]:
     return [Attempt(0, n, f"c{n}", None, n, n + 0.5, *answer) for n, answer in enumerate(answers)]
 
 
+def in_a_crowd(buyers: int) -> list[Attempt]:
+    return [a._replace(start=0, end=5000) for a in in_a_row(buyers)]
+
+
 def test_a_thousand_buyers_one_after_the_other_prove_nothing() -> None:
     result = judge(2, "IN A ROW", iter([history(in_a_row(1000))]))
     assert result.violations == []
     assert result.verdict == INCONCLUSIVE
     assert (False, "100 attempts were in flight at once: only 1 were") in result.checks
+
+
+@pytest.mark.parametrize(
+    ("sales", "wanted"),
+    [
+        ([in_a_row(1000), in_a_row(1000), in_a_row(1000)], 3),
+        ([in_a_row(1000), in_a_crowd(1000)], 2),
+        ([in_a_crowd(1000)], 1),
+        (
+            [[Attempt(0, 0, "c", None, 0, 1, 200, -1, 1)] * 1000],
+            1,
+        ),  # a violation is not tried again
+    ],
+)
+def test_a_sale_that_was_not_crowded_enough_is_held_again_at_most_twice(
+    monkeypatch: pytest.MonkeyPatch, sales: list[list[Attempt]], wanted: int
+) -> None:
+    held: list[History] = []
+
+    def hold_next_sale(*_: object) -> History:
+        held.append(history(sales[len(held)]))
+        return held[-1]
+
+    monkeypatch.setattr("proof.buyers.hold_sale", hold_next_sale)
+    assert hold_crowded_sale(Api("http://127.0.0.1:1"), 100, []) is held[-1]
+    assert len(held) == wanted
 
 
 def test_a_violation_stays_found_when_the_sale_cant_be_judged() -> None:
