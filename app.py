@@ -1,13 +1,12 @@
 """Flash sale inventory service: many buyers, little stock, one moment; each unit is sold once.
 
-This file is HTTP only: the routes, what a request may be, which status an outcome gets. The
+This file is HTTP only: the routes, and which status an outcome gets. The
 database decides each sale, in db.py. `python app.py` serves a demo, `gunicorn app:app` a real sale.
 """
 
 import functools
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,30 +17,28 @@ import click
 from flask import Flask, Request, Response, abort, current_app
 from flask import request as request_proxy
 from flask.typing import ResponseReturnValue
-from flask_swagger_ui import get_swaggerui_blueprint  # type: ignore[import-untyped]
 from werkzeug.exceptions import HTTPException
 
 import db
-from serving import buyers, json_bodies
-from serving.config import MAX_STOCK, ConfigError, read_config
+from serving import buyers, json_bodies, metrics, opening, pages, watch
+from serving.config import ConfigError, near_misses, read_config, sqlite_file
 from serving.headers import (
     idempotency_key_of,
     may_reset,
     require_plain_request,
     with_security_headers,
 )
-from serving.json_bodies import member_of
-from serving.metrics import PROMETHEUS_TYPE, prometheus_text
+from serving.json_bodies import customer_id_of, json_response, stock_of
 from serving.starting import cannot_start, require_own_settings
 
 VERSION = "1.0.0"
 OPENAPI = Path(__file__).resolve().with_name("serving") / "openapi.json"
 
 MAX_DISCARDED_BYTES = 8 * 1024 * 1024  # of a refused body; see answer_http_error
-CUSTOMER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
 
 log = logging.getLogger(__name__)
-Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same seven verbs
+Store = Any  # db.SQLiteStore or postgres.store.PostgresStore: the same verbs
+View = Callable[["Store", Request], ResponseReturnValue]
 
 
 # ---- Routes
@@ -53,6 +50,11 @@ def buy_ticket(store: Store, request: Request) -> ResponseReturnValue:
         idempotency_key_of(request.environ),
         functools.partial(buyers.is_there, request.environ),
     )
+    return purchase_response(purchase)
+
+
+def purchase_response(purchase: db.Purchase) -> Response:
+    watch.sold(purchase.remaining_stock, purchase.replayed)
     body = {
         "success": True,
         "message": "Purchase successful",
@@ -63,24 +65,24 @@ def buy_ticket(store: Store, request: Request) -> ResponseReturnValue:
     return json_response(body, 200, headers)
 
 
+def replay(store: Store, request: Request) -> Response | None:
+    """What buy_ticket answers to a key that has bought; None to all others."""
+    customer_id, key = customer_id_of(request), idempotency_key_of(request.environ)
+    purchase = None if key is None else store.find(customer_id, key)
+    return None if purchase is None else purchase_response(purchase)
+
+
 def inventory(store: Store, request: Request) -> ResponseReturnValue:
-    return cast(ResponseReturnValue, store.inventory()._asdict())
+    return json_response(store.inventory()._asdict(), 200)
 
 
 def reset(store: Store, request: Request) -> ResponseReturnValue:
     config = current_app.config
     if not may_reset(config["ALLOW_RESET"], request.environ):
         abort(403, "Reset is switched off - start the service with ALLOW_RESET=1 to allow it.")
-    stock = member_of(request, "stock", config["INITIAL_STOCK"])
-    if isinstance(stock, float) and stock.is_integer():  # 7.0 is an integer to JSON Schema
-        stock = int(stock)
-    if type(stock) is not int or not 0 <= stock <= MAX_STOCK:
-        abort(
-            400,
-            f"stock has to be a whole number, 0 to {MAX_STOCK}"
-            ' - send {"stock": 100}, or no body for the configured stock.',
-        )
+    stock = stock_of(request, config["INITIAL_STOCK"])
     store.reset(stock)
+    watch.restocked(stock)
     message = f"Inventory reset to {stock} units"
     return {"success": True, "message": message, "current_stock": stock}
 
@@ -94,8 +96,11 @@ def audit(store: Store, request: Request) -> ResponseReturnValue:
     return audit_as_dict(store)
 
 
-def metrics(store: Store, request: Request) -> ResponseReturnValue:
-    return Response(prometheus_text(store.inventory()), content_type=PROMETHEUS_TYPE)
+def show_metrics(store: Store, request: Request) -> ResponseReturnValue:
+    if current_app.config["METRICS_PORT"] and metrics.instruments().folder:
+        abort(404)  # a process of its own serves them
+    text, content_type = metrics.exposition(store)
+    return Response(text, content_type=content_type)
 
 
 def openapi(store: Store, request: Request) -> ResponseReturnValue:
@@ -103,7 +108,11 @@ def openapi(store: Store, request: Request) -> ResponseReturnValue:
 
 
 def docs(store: Store, request: Request) -> ResponseReturnValue:
-    return cast(ResponseReturnValue, current_app.view_functions["swagger_ui.show"]())
+    return pages.answer("docs.html")
+
+
+def sale(store: Store, request: Request) -> ResponseReturnValue:
+    return pages.answer("sale.html")
 
 
 def describe(store: Store, request: Request) -> ResponseReturnValue:
@@ -121,29 +130,18 @@ def describe(store: Store, request: Request) -> ResponseReturnValue:
     }
 
 
-ROUTES: dict[str, tuple[Callable[[Store, Request], ResponseReturnValue], str]] = {
+ROUTES: dict[str, tuple[View, str]] = {
     "GET /": (describe, "What this service is and offers"),
     "POST /buy_ticket": (buy_ticket, "Purchase a ticket"),
     "GET /inventory": (inventory, "Current stock and number of purchases"),
+    "GET /sale": (sale, "A page to buy on, and to watch the stock"),
     "POST /reset": (reset, "For testing only: forget all purchases, refill the stock"),
     "GET /health": (health, "Whether a purchase could be made now"),
     "GET /audit": (audit, "Purchase records counted row by row, against the stock"),
-    "GET /metrics": (metrics, "Stock, sold and initial stock for Prometheus"),
+    "GET /metrics": (show_metrics, "Figures for Prometheus; on METRICS_PORT, where that is set"),
     "GET /openapi.json": (openapi, "The description of this service as OpenAPI 3.1"),
     "GET /docs": (docs, "A page to try this service, made from its description"),
 }
-
-
-# ---- What a request may be
-
-
-def customer_id_of(request: Request) -> str:
-    customer_id = member_of(request, "customer_id", "guest")
-    if not isinstance(customer_id, str) or not CUSTOMER_ID.fullmatch(customer_id):
-        abort(
-            400, "customer_id has to be a string of 1 to 128 characters without control characters."
-        )
-    return customer_id
 
 
 # ---- What is answered
@@ -165,15 +163,6 @@ STATUS_BY_ERROR = {
 }
 
 
-def json_response(
-    body: dict[str, Any], status: int, headers: dict[str, str] | None = None
-) -> Response:
-    """As Flask answers with a dict, for less."""
-    return Response(
-        json_bodies.encode(body) + "\n", status, headers, content_type="application/json"
-    )
-
-
 def store_error_response(error: type[db.StoreError]) -> Response:
     status = STATUS_BY_ERROR[error]
     body: dict[str, Any] = {"success": False, "message": error.message}
@@ -187,9 +176,7 @@ STORE_ERROR_RESPONSES = {error: store_error_response(error) for error in STATUS_
 
 
 def answer_store_error(error: db.StoreError) -> Response:
-    if not isinstance(error, db.SoldOut | db.KeyReused):
-        request = request_proxy
-        log.error("%s %s: %s: %s", request.method, request.path, type(error).__name__, error)
+    watch.refused(error, request_proxy)
     return STORE_ERROR_RESPONSES[type(error)]
 
 
@@ -225,14 +212,7 @@ def open_store(url: str, *settings: Any) -> Store:
             needs = "needs pip install -r postgres/requirements.txt"
             raise ConfigError(f"DATABASE_URL {needs} ({error})") from error
         return PostgresStore(url, *settings)
-    scheme, _, path = url.partition(":///")
-    if scheme != "sqlite" or path in ("", ":memory:"):
-        raise ConfigError(
-            "DATABASE_URL has to be sqlite:///relative/path, sqlite:////absolute/path"
-            " or postgresql://user:password@host/database"
-        )
-    path_of_file = Path(path).resolve()  # SQLite puts the WAL where a link leads
-    return db.SQLiteStore(path_of_file, *settings[:3])
+    return db.SQLiteStore(sqlite_file(url), *settings[:3])
 
 
 def create_app(**config: Any) -> Flask:
@@ -247,23 +227,31 @@ def create_app(**config: Any) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     settings = [app.config[name] for name in STORE_SETTINGS]
     app.extensions["store"] = store = open_store(app.config["DATABASE_URL"], *settings)
-    for endpoint, (view, _) in ROUTES.items():
+    routes = {endpoint: view for endpoint, (view, _) in ROUTES.items()}
+    if opens_at := app.config["SALE_STARTS_AT"]:
+        routes["POST /buy_ticket"] = opening.buy(opens_at, buy_ticket, replay)
+        routes["GET /inventory"] = opening.tell(opens_at)
+    for endpoint, view in routes.items():
         method, path = endpoint.split()
         app.add_url_rule(path, endpoint, on_store(view, store), methods=[method])
-    # Without the last two the page would ask another host to validate, and hold the request's Host.
-    page = {"app_name": "Flash Sale", "validatorUrl": None, "oauth2RedirectUrl": ""}
-    app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.json", page))
+    app.add_url_rule("/docs/<name>", view_func=pages.swagger_file)
     app.register_error_handler(db.StoreError, answer_store_error)
     app.register_error_handler(HTTPException, answer_http_error)
-    app.wsgi_app = with_security_headers(app.wsgi_app)  # type: ignore[method-assign]
+    observe = metrics.observer({endpoint.split()[1] for endpoint in ROUTES})
+    app.wsgi_app = with_security_headers(app.wsgi_app, observe)  # type: ignore[method-assign]
     add_commands(app, store)
-    store.create()
+    if not flask_looks_for_a_command():  # init-db creates it itself, audit never does
+        store.create()
+        watch.begin(store, [error.__name__ for error in STATUS_BY_ERROR])
     return app
 
 
-def on_store(
-    view: Callable[[Store, Request], ResponseReturnValue], store: Store
-) -> Callable[[], ResponseReturnValue]:
+def flask_looks_for_a_command() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and isinstance(context.command, click.Group)
+
+
+def on_store(view: View, store: Store) -> Callable[[], ResponseReturnValue]:
     """The view with the request itself: a look through Flask's proxy costs as much as a SELECT."""
 
     def answer() -> ResponseReturnValue:
@@ -278,13 +266,15 @@ def add_commands(app: Flask, store: Store) -> None:
     @app.cli.command("init-db", help="Create the database, if it isn't there.")
     def init_db() -> None:
         with one_line_for_a_failure():
-            now = store.inventory()
-        click.echo(f"{now.item_name}: {now.current_stock} of {now.initial_stock} units left")
+            store.create()
+            offer = watch.offer(store)
+        click.echo(offer)
 
     @app.cli.command("audit", help="Count the purchases; exit status 1 if they don't add up.")
     def audit_command() -> None:
         with one_line_for_a_failure():
             counted = audit_as_dict(store)
+        click.echo(f"In {store}", err=True)
         click.echo(json.dumps(counted))
         sys.exit(not counted["consistent"])
 
@@ -307,7 +297,11 @@ def app_or_exit() -> Flask:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s"
     )
+    for handler in logging.root.handlers:
+        handler.addFilter(watch.may_write)
     require_own_settings()
+    for name, likely in near_misses().items():
+        log.warning("The variable %s means nothing here - is it %s?", name, likely)
     with one_line_for_a_failure():
         return create_app()
 
@@ -324,5 +318,5 @@ if __name__ == "__main__":
     from serving import local
 
     sys.modules["app"] = sys.modules["__main__"]  # what gunicorn imports, whatever lies elsewhere
-    local.allow_reset_from_this_machine()
+    local.prepare()
     local.serve(__getattr__("app"))

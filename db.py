@@ -7,22 +7,21 @@ process decides a sale, so any number of threads and processes may use the same 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sqlite import setup
 from sqlite.engine import ORIGIN, primary_code, sqlite3
-from sqlite.locks import LockTimeoutError, retry_while_locked
-from sqlite.wal import SET_SYNCHRONOUS, FlushError, StoppedError, WalDatabase, WalReader
+from sqlite.locks import LockTimeoutError
+from sqlite.wal import FlushError, StoppedError, WalDatabase, WalReader
 
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
-CHECKPOINT_PATIENCE_S = 0.1  # for the write lock, which the sale before it had an instant ago
 
-log = logging.getLogger(__name__)
+Presence = Callable[[], bool] | None  # whether the buyer still waits; None: nobody can tell
+Bought = TypeVar("Bought", bound="Purchase | None")
 
 
 class SQLiteStore:
@@ -40,10 +39,7 @@ class SQLiteStore:
         self.lock_timeout_s = lock_timeout_s
 
     def buy(
-        self,
-        customer_id: str,
-        idempotency_key: str | None = None,
-        buyer_is_there: Callable[[], bool] | None = None,
+        self, customer_id: str, idempotency_key: str | None = None, buyer_is_there: Presence = None
     ) -> Purchase:
         """Sell one unit; when this returns, the purchase is on disk.
 
@@ -51,52 +47,40 @@ class SQLiteStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
-        with self.faults, self.file.reader() as reader:
-            self.file.require_running()
-            try:
-                purchase = self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
-            except (SoldOut, KeyReused):
-                self.file.confirm(reader)  # the sales that it rests on may not be on disk yet
-                raise
-            self.file.flush(reader)  # a replay too: its first answer may have died before the flush
+        purchase = self._on_disk(
+            lambda reader: self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
+        )
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
-            self._checkpoint()
+            self.file.checkpoint()
         return purchase
 
+    def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
+        """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
+        return self._on_disk(lambda reader: _find(reader, customer_id, idempotency_key))
+
+    def _on_disk(self, ask: Callable[[WalReader], Bought]) -> Bought:
+        """Whatever a buyer is told is on disk first: the sale, or what its refusal rests on."""
+        with self.faults, self.file.reader(to_write=True) as reader:
+            try:
+                purchase = ask(reader)
+            except (SoldOut, KeyReused):
+                self.file.confirm(reader)
+                raise
+            if purchase is not None:
+                self.file.flush(reader)  # a replay too: its seller may have died before the flush
+            return purchase
+
     def _find_or_sell(
-        self,
-        reader: WalReader,
-        customer_id: str,
-        idempotency_key: str | None,
-        buyer_is_there: Callable[[], bool] | None,
+        self, reader: WalReader, customer_id: str, idempotency_key: str | None, presence: Presence
     ) -> Purchase:
         # Without the lock first: nearly every request of a flash sale ends here.
-        purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
-        if purchase is not None:
-            reader.require_same_files()
+        if purchase := _find(reader, customer_id, idempotency_key):
             return purchase
-        _require_buyer(idempotency_key, buyer_is_there)
-        with self._transaction() as connection:
-            _require_buyer(idempotency_key, buyer_is_there)  # the wait may have been long
+        _require_buyer(idempotency_key, presence)
+        with self.file.transaction(self.lock_timeout_s) as connection:  # BEGIN IMMEDIATE
+            _require_buyer(idempotency_key, presence)  # the wait may have been long
             reader.require_same_files()
             return _sell(connection, customer_id, idempotency_key)
-
-    @contextmanager
-    def _transaction(self, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
-        """The one place that begins, commits and rolls back, on a connection of its own."""
-        timeout_s = self.lock_timeout_s if timeout_s is None else timeout_s
-        connection = self.file.connect(patience_s=0)
-        try:
-            retry_while_locked(connection, timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
-            self.file.require_running()  # the wait may have been long
-            yield connection
-            self.file.commit(connection)
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        finally:
-            connection.close()
 
     def inventory(self) -> Inventory:
         with self.faults, self.file.reader() as reader:
@@ -108,13 +92,13 @@ class SQLiteStore:
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self.faults, self.file.reader() as reader:
-            with self._transaction() as connection:
+        with self.faults, self.file.reader(to_write=True) as reader:
+            with self.file.transaction(self.lock_timeout_s) as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
                 connection.execute(SET_STOCK, (stock, stock))
             self.file.flush(reader)
-        self._checkpoint()
+        self.file.checkpoint()
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a full disk can still be read.
@@ -122,8 +106,8 @@ class SQLiteStore:
         Raises Unavailable or Busy if no purchase could be made.
         """
         try:
-            with self.faults, self.file.reader() as reader:
-                with self._transaction() as connection:
+            with self.faults, self.file.reader(to_write=True) as reader:
+                with self.file.transaction(self.lock_timeout_s) as connection:
                     setup.has_our_tables(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
@@ -131,40 +115,30 @@ class SQLiteStore:
                 self.file.flush(reader)
         except OutcomeUnknown as error:  # no purchase, nothing to be in doubt about
             raise Unavailable(str(error)) from error
-        self._checkpoint()
-
-    def _checkpoint(self) -> None:
-        """Without the write lock nothing is copied: the next one does it."""
-        try:
-            with self.faults, self._transaction(CHECKPOINT_PATIENCE_S):
-                self.file.checkpoint()
-        except StoreError as error:  # the sales before it are safe in the WAL
-            log.error("checkpoint of %s failed: %s", self.file.path, error)
+        self.file.checkpoint()
 
     def create(self) -> None:
         """Make tables and first stock, if they aren't there; safe from many processes at once."""
+        patience_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
         with self.faults:
-            setup.require_usable(self.file.path)
+            setup.create(self.file, patience_s, self.item_name, self.initial_stock)
             with closing(self.file.connect()) as connection:
-                is_ours = setup.has_our_tables(connection)
-                timeout_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
-                mode = retry_while_locked(connection, timeout_s, "PRAGMA journal_mode = WAL")
-                if mode.fetchone() != ("wal",):
-                    raise OSError("this file system can't hold a WAL database")
-                if not is_ours:
-                    self._create_tables(timeout_s)
                 _row(connection, FIND_STOCK)
             self.file.checkpoint_if_alone()
-
-    def _create_tables(self, timeout_s: float) -> None:
-        with self._transaction(timeout_s) as connection:
-            if not setup.has_our_tables(connection):  # else another process was first
-                setup.create_tables(connection, self.item_name, self.initial_stock)
 
     @property
     def stopped(self) -> str:
         """Why this service sells nothing until a restart; "" while it sells."""
         return self.file.stopped
+
+    def measure(
+        self, on_lock_wait: Callable[[float], object], on_checkpoint: Callable[[], object]
+    ) -> None:
+        """Tell of each wait for the write lock, in seconds, and of each checkpoint."""
+        self.file.on_lock_wait, self.file.on_checkpoint = on_lock_wait, on_checkpoint
+
+    def gauges(self) -> dict[str, float]:
+        return self.file.gauges()
 
     def close(self) -> None:
         """Close this process's standing connections."""
@@ -172,6 +146,13 @@ class SQLiteStore:
 
     def __str__(self) -> str:
         return f"{self.file.path}, by {ORIGIN} SQLite {sqlite3.sqlite_version}"
+
+
+def _find(reader: WalReader, customer_id: str, idempotency_key: str | None) -> Purchase | None:
+    purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
+    if purchase is not None:
+        reader.require_same_files()
+    return purchase
 
 
 def _look_up(
@@ -195,8 +176,8 @@ def _look_up(
     return None, stock
 
 
-def _require_buyer(idempotency_key: str | None, buyer_is_there: Callable[[], bool] | None) -> None:
-    if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
+def _require_buyer(idempotency_key: str | None, presence: Presence) -> None:
+    if idempotency_key is None and presence is not None and not presence():
         raise BuyerGone
 
 
@@ -325,9 +306,7 @@ class Unavailable(StoreError):
 
 
 class RestartNeeded(Unavailable):
-    message = (
-        f"Purchases are not possible until a restart, this attempt sold nothing - {WITH_A_KEY}"
-    )
+    message = f"Until a restart no purchase is possible, this attempt sold nothing - {WITH_A_KEY}"
 
 
 class OutcomeUnknown(StoreError):

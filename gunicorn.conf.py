@@ -3,13 +3,22 @@
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a start in another folder
 
-from serving import draining, http_errors
+from serving import http_errors
 from serving.config import ConfigError, address, read_config
-from serving.starting import acting_as, cannot_start
+from serving.draining import DRAIN_LIMIT_S
+from serving.hooks import (  # noqa: F401  (gunicorn calls them)
+    on_exit,
+    on_starting,
+    post_fork,
+    post_worker_init,
+    pre_exec,
+    when_ready,
+    worker_exit,
+)
+from serving.starting import BACKLOG, cannot_start
 
 try:
     variables = read_config()
@@ -20,47 +29,12 @@ bind = address(variables)
 workers = variables["WEB_CONCURRENCY"]
 worker_class = "sync"  # threads would fight over the interpreter while one holds the write lock
 preload_app = True
-backlog = 2048  # the buyers of the first moment wait here; net.core.somaxconn caps it
+backlog = BACKLOG  # the buyers of the first moment wait here
 timeout = 30 + math.ceil(variables["LOCK_TIMEOUT"])  # above every wait for the write lock
-graceful_timeout = draining.DRAIN_LIMIT_S + timeout  # the last of the backlog may wait for the lock
+graceful_timeout = DRAIN_LIMIT_S + timeout  # the last of the backlog may wait for the lock
 control_socket_disable = True
 secure_scheme_headers: dict[str, str] = {}  # what an outer proxy says of TLS may stop no sale
 forwarder_headers = ""  # a client's header SCRIPT_NAME must not change where a request goes
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # no query string, no body
-
-
-def on_starting(server: Any) -> None:
-    from app import app, one_line_for_a_failure
-
-    with one_line_for_a_failure(), acting_as(server.cfg.uid, server.cfg.gid):
-        app.extensions["store"].create()  # again, with the workers' rights
-
-
-def when_ready(server: Any) -> None:
-    from app import app
-
-    server.log.info("Selling from %s", app.extensions["store"])
-    draining.install(server)
-
-
-def pre_exec(server: Any) -> None:
-    from app import app
-
-    if stopped := getattr(app.extensions["store"], "stopped", ""):  # a new master wouldn't know
-        cannot_start(stopped)
-    draining.before_upgrade(server)
-
-
-def post_fork(server: Any, worker: Any) -> None:
-    draining.enter_worker(server, worker)
-
-
-def post_worker_init(worker: Any) -> None:
-    draining.begin_work(worker)
-
-
-def worker_exit(server: Any, worker: Any) -> None:
-    draining.answer_backlog(worker)
-
 
 http_errors.install()

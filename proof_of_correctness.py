@@ -27,7 +27,7 @@ try:
     import click
 
     from proof.api import Api, CannotJudge
-    from proof.buyers import Crowd, hold_sale
+    from proof.buyers import Crowd, hold_crowded_sale, hold_sale
     from proof.checker import find_violations
     from proof.history import History, Reading
     from proof.limits import require_open_files, stop_once, time_limit
@@ -183,7 +183,7 @@ TESTS: dict[int, Callable[[Setting], Test]] = {
 
 def sales(api: Api, stock: int, *plans: Sequence[Crowd]) -> Iterator[History]:
     for crowds in plans:
-        yield hold_sale(api, stock, crowds)
+        yield hold_crowded_sale(api, stock, crowds)
 
 
 # ---- The verdict
@@ -286,14 +286,17 @@ def conclude(options: Options, results: Sequence[Result], reason: str) -> int:
 
 
 def main() -> int:
-    """By itself click ends with 1 at Ctrl-C and at a closed pipe. Here 1 is a violation."""
+    """Without click's own main(), which ends with 1 at a closed pipe: here 1 is a violation."""
     stop_once()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every console can show a check mark
     try:
-        status = int(command.main(standalone_mode=False))
+        with command.make_context("proof_of_correctness.py", sys.argv[1:]) as context:
+            status = int(command.invoke(context))
         print(end="", flush=True)
         return status
+    except click.exceptions.Exit as end:  # after --help
+        return end.exit_code
     except click.ClickException as error:
         error.show()
     except BaseException as error:

@@ -42,6 +42,7 @@ class PostgresStore:
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
         self._connections = Connections(url, lock_timeout_s, pool_size, pool_timeout_s)
+        self._on_lock_wait: Callable[[float], object] = lambda seconds: None
         self._durable_zero = ""  # the version of the row that is sold out on every disk
         self._careful = True  # until a commit was confirmed in time
 
@@ -87,6 +88,7 @@ class PostgresStore:
         """
         early, repeatable = None if self._careful else "off", idempotency_key is not None
         sale: Statement = (SELL, (idempotency_key, customer_id, early))
+        asked = time.monotonic()
         try:
             if early:
                 row, _ = self._ask(deadline, [sale], [(CONFIRM, ())], repeatable=repeatable)
@@ -99,7 +101,18 @@ class PostgresStore:
             self._careful = True
             raise
         self._careful = False
+        self._on_lock_wait(time.monotonic() - asked)
         return row
+
+    def find(self, customer_id: str, idempotency_key: str) -> db.Purchase | None:
+        """What the key has bought already, as `buy` replays it. Raises KeyReused."""
+        deadline = time.monotonic() + self.lock_timeout_s
+        find: Statement = (FIND, (idempotency_key,))
+        row, _ = self._ask(deadline, [find], [(CONFIRM, ())], repeatable=True)
+        purchase_id, remaining_stock, owner = row
+        if owner not in (None, customer_id):
+            raise db.KeyReused
+        return None if owner is None else db.Purchase(purchase_id, remaining_stock, replayed=True)
 
     def inventory(self) -> db.Inventory:
         return db.Inventory(*self._read(FIND_INVENTORY)[0])
@@ -128,6 +141,19 @@ class PostgresStore:
             setup.create(self._connections, self.item_name, self.initial_stock, deadline)
         except psycopg.Error as error:
             raise db.Unavailable(one_line(error)) from error
+
+    def measure(
+        self, on_lock_wait: Callable[[float], object], on_checkpoint: Callable[[], object]
+    ) -> None:
+        """Tell the seconds of each statement that sells, with its wait for the row's lock."""
+        self._on_lock_wait = on_lock_wait
+
+    def gauges(self) -> dict[str, float]:
+        """For a monitor: seconds for which the oldest snapshot has kept dead rows.
+
+        Without the right pg_read_all_stats only this role's own are seen.
+        """
+        return {"oldest_snapshot_seconds": float(self._read(OLDEST_SNAPSHOT)[0][0])}
 
     def close(self) -> None:
         """Close this process's connections."""
@@ -203,10 +229,16 @@ CONFIRM = "SELECT pg_logical_emit_message(true, 'flash sale', '')"
 LOOK = """
     SELECT purchase_id, stock, inventory.xmin
     FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
+FIND = """
+    SELECT purchase_id, remaining_stock, customer_id
+    FROM inventory LEFT JOIN purchases ON idempotency_key = $1 WHERE inventory.item_id = 1"""
 FIND_INVENTORY = """
     SELECT item_id, item_name, stock, initial_stock, initial_stock - stock,
         to_char(last_updated AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM inventory"""
 COUNT_PURCHASES = "SELECT initial_stock, stock, (SELECT count(*) FROM purchases) FROM inventory"
+OLDEST_SNAPSHOT = """
+    SELECT ceil(coalesce(extract(epoch FROM max(clock_timestamp() - xact_start)), 0))::bigint
+    FROM pg_stat_activity WHERE backend_xmin IS NOT NULL"""
 TOUCH = """
     UPDATE inventory SET stock = stock
     WHERE (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL RETURNING item_id"""

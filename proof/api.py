@@ -16,7 +16,7 @@ RETRY_SLEEP_S = 0.02  # where the answer names no other
 RETRY_AFTER_MAX_S = 10
 CALL_TIMEOUT_S = 20  # then a call around a sale that was answered 503 isn't asked again
 SHOWN = 100  # characters of an answer that wasn't expected
-TOO_LATE = "no answer in time"
+TOO_LATE = f"no answer within {REQUEST_TIMEOUT_S} s"
 PROXIES = ("nginx", "openresty", "envoy", "caddy", "haproxy", "varnish", "cloudflare", "apache")
 
 Body = dict[str, Any]

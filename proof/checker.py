@@ -163,13 +163,9 @@ def walk_down(
     bound = Event(-inf, inf, "the beginning")  # the counter can't have been here before it began
     ready: list[tuple[float, Event]] = []  # untold sales that can be next, by their ends
 
-    def too_early(event: Event) -> Violation:
-        message = f"{event.name} ended {bound.start - event.end:.6f} s before {bound.name} began"
-        return Violation(Kind.NOT_LINEARIZABLE, message)
-
     for level in range(initial, lowest - 1, -1):
         here = seen.get(level, [])
-        yield from (too_early(event) for event in here if event.end < bound.start)
+        yield from (too_early(event, bound) for event in here if event.end < bound.start)
         bound = max([bound, *here], key=lambda event: event.start)
         if level == lowest:
             break
@@ -182,10 +178,19 @@ def walk_down(
             return
         bound = max(bound, sale, key=lambda event: event.start)
         if sale.end < bound.start:
-            yield too_early(sale)
+            yield too_early(sale, bound)
             bound = sale
     rest = [*untold, *(sale for _, sale in ready)]  # sold below the lowest level that anybody saw
-    yield from (too_early(sale) for sale in rest if sale.end < bound.start)
+    made = [sale for sale in rest if sale.end < inf]
+    yield from (too_early(sale, bound) for sale in made if sale.end < bound.start)
+    if len(made) > lowest:
+        message = f"{len(made)} more were sold when {lowest} units were left"
+        yield Violation(Kind.OVERSOLD, message)
+
+
+def too_early(event: Event, bound: Event) -> Violation:
+    message = f"{event.name} ended {bound.start - event.end:.6f} s before {bound.name} began"
+    return Violation(Kind.NOT_LINEARIZABLE, message)
 
 
 def latest_moments(

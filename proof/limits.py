@@ -1,9 +1,10 @@
-"""The limits of a run: time, and open files."""
+"""The limits of a run: time, open files, interruptions, and threads that can't outlive it."""
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from proof.api import CannotJudge
 
@@ -50,10 +51,39 @@ def stop_once() -> None:
     numbers = [getattr(signal, name) for name in names]
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
+    def ignore(*_: object) -> None:
+        pass
+
     def interrupt(*_: object) -> NoReturn:
         for number in heard:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, ignore)
         raise KeyboardInterrupt
 
     for number in heard:
         signal.signal(number, interrupt)
+
+
+class Job(threading.Thread):
+    """A thread that was started. As a daemon it can't keep the proof from ending in time."""
+
+    def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.work, self.arguments = work, arguments
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.over = threading.Event()  # join() may fail when a signal interrupts it
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.work(*self.arguments)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.over.set()
+
+    def result(self) -> Any:
+        self.over.wait()
+        if self.error:
+            raise self.error
+        return self.value

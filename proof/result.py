@@ -31,7 +31,7 @@ OUTCOMES = {
     BUSY: "busy",
     LOST: "lost",
     KEY_REUSED: "key-reused",
-    LIMITED: "busy",
+    LIMITED: "rate-limited",
 }
 
 
@@ -115,8 +115,7 @@ def equalities(
     left = sum(h.initial_stock for h in histories) - wanted
     stock = sum(h.readings[-1].stock for h in histories if h.readings)
     records = sum(h.audit.records for h in histories if h.audit)
-    flying = max(in_flight_max(h.attempts) for h in histories)
-    needed = IN_FLIGHT_SHARE * max(h.buyers for h in histories)
+    flying, needed = max(map(crowd_of, histories))
     checks = [
         (sold == wanted, f"Exactly {wanted} purchases succeeded", f"it was {sold}"),
         (unclear == 0, f"All {len(attempts)} requests accounted for", f"{unclear} got no answer"),
@@ -152,7 +151,7 @@ def figures_of(result: Result) -> dict[str, Any]:
         "sold_out": outcomes["sold-out"],
         "key_reused": outcomes["key-reused"],
         "busy": outcomes["busy"],
-        "errors": outcomes["lost"] + outcomes["odd"],
+        "errors": outcomes["lost"] + outcomes["odd"] + outcomes["rate-limited"],
         **times_of(attempts),
         "in_flight_max": max(in_flight_max(h.attempts) for h in result.histories),
         "readings": sum(len(h.readings) for h in result.histories),
@@ -173,6 +172,11 @@ def times_of(attempts: Sequence[Attempt]) -> dict[str, float]:
         "p99_ms": times_ms[len(times_ms) * 99 // 100],
         "max_ms": times_ms[-1],
     }
+
+
+def crowd_of(history: History) -> tuple[int, float]:
+    """How many were in flight at once, and how many have to be."""
+    return in_flight_max(history.attempts), IN_FLIGHT_SHARE * history.buyers
 
 
 def busy_s(attempts: Iterable[Attempt]) -> float:

@@ -33,7 +33,9 @@ UNSET = ("SALE_STARTS_AT", "METRICS_PORT", "GUNICORN_CMD_ARGS")
 
 
 def choose_server(options: Options, undo: ExitStack) -> tuple[Api, OwnServer | None]:
-    api, why = Api(options.url or DEFAULT_URL, options.cache_age), "--own-server"
+    # Caches count whole seconds (RFC 9111, 1.2.2): what is kept for one may be nearly two old.
+    age_s = options.cache_age + 1 if options.cache_age else 0
+    api, why = Api(options.url or DEFAULT_URL, age_s), "--own-server"
     if not options.own_server:
         try:
             api.require_healthy()
@@ -45,7 +47,7 @@ def choose_server(options: Options, undo: ExitStack) -> tuple[Api, OwnServer | N
                 raise
         why = f"Nobody answers at {api.url}"
     server = undo.enter_context(own_server())
-    api = Api(server.url, options.cache_age)
+    api = Api(server.url, age_s)
     print(f"{why}: judging a server of our own at {api.url}")
     if is_postgresql():
         name = "the PostgreSQL database that DATABASE_URL names"

@@ -1,6 +1,8 @@
 """What every answer carries, which headers a request may have, and who may ask for a reset."""
 
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 from flask import abort
@@ -16,13 +18,18 @@ IDEMPOTENCY_KEY = re.compile(r'[!#-~][!-~]{0,254}|"(?:[!#-\[\]-~]|\\["\\]){1,255
 NO_KEYS = ("undefined", "null")  # what a script sends that has forgotten its key
 
 
-def with_security_headers(wsgi_app: Any) -> Any:
-    """Around Flask this is cheaper than after_request, and nothing gets past it."""
+def with_security_headers(wsgi_app: Any, observe: Callable[[str, str, float], None]) -> Any:
+    """Around Flask this is cheaper than after_request, and nothing gets past it.
+
+    `observe` is told path, status and seconds of each answer.
+    """
 
     def serve(environ: dict[str, Any], start_response: Any) -> Any:
+        started = time.perf_counter()
         environ["PATH_INFO"] = environ.get("PATH_INFO") or "/"  # of http://host: RFC 9110, 4.2.3
 
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            observe(environ["PATH_INFO"], status, time.perf_counter() - started)
             own = MAY_BE_CACHED if may_be_cached(status, environ) else SECURITY_HEADERS
             return start_response(status, headers + own, *error)
 

@@ -1,5 +1,6 @@
 """`python app.py`, the local demo: a banner, then gunicorn, or waitress where that doesn't run."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ from typing import Any
 
 from flask import Flask
 
+from serving import metrics
 from serving.config import address
 from serving.headers import SECURITY_HEADERS
 from serving.json_bodies import unreadable
@@ -22,12 +24,16 @@ Initial stock:       {now.initial_stock} units, {now.current_stock} left
 Concurrency control: {store.concurrency_model}
 Lock timeout:        {LOCK_TIMEOUT:g} s
 URL:                 {url}
+Page for buyers:     {page}
 ============================================================"""
 THREADS = 8  # waitress's; more would fight over the interpreter while one holds the write lock
 
 
-def allow_reset_from_this_machine() -> None:
-    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET") or "loopback"
+def prepare() -> None:
+    """Before the app is made: who may reset, and that several processes will be measured."""
+    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET", "").strip() or "loopback"
+    if importlib.util.find_spec("gunicorn"):
+        metrics.WORKERS_EXPECTED.append(True)
 
 
 def serve(app: Flask) -> None:
@@ -64,8 +70,13 @@ def json_error(error: Any, ident: str | None = None) -> tuple[str, list[tuple[st
 
 def print_banner(app: Flask, addresses: list[str]) -> None:
     store = app.extensions["store"]
-    url = ", ".join(f"http://{address}" for address in addresses)
-    say(BANNER.format(**app.config, store=store, now=store.inventory(), url=url))
+    urls = [f"http://{address}" for address in addresses]
+    page = f"{urls[0]}{os.environ.get('SCRIPT_NAME', '')}/sale"
+    say(
+        BANNER.format(
+            **app.config, store=store, now=store.inventory(), url=", ".join(urls), page=page
+        )
+    )
 
 
 def require_free(addresses: list[Any]) -> None:

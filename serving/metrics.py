@@ -1,19 +1,165 @@
-"""What Prometheus reads: the sale as the database knows it."""
+"""What Prometheus reads: figures of all workers together, and the sale as the database knows it.
 
+prometheus_client keeps each process's figures in files, so that they outlive it and any process can
+add them up. The files of a master and its workers are in a folder that no other master uses.
+"""
+
+import functools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# In memory: on a disk their pages would be written between the flushes of sales, and a full disk
+# would kill the workers that write to them.
+FOLDER_PARENT = Path("/dev/shm")  # noqa: S108  (mkdtemp makes the folder in it)
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
+DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LOCK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+SALE = {  # members of an inventory record
+    "stock": ("current_stock", "Units left to sell."),
+    "sold": ("total_purchases", "Units sold."),
+    "initial_stock": ("initial_stock", "Units at the start of the sale."),
+}
+DATABASE = {  # what a store's gauges() may tell
+    "wal_bytes": "Size of SQLite's write-ahead log.",
+    "flush_failed": "1 if a flush failed: nothing more is sold until a restart.",
+    "oldest_snapshot_seconds": "Age of the oldest snapshot on the PostgreSQL server.",
+}
 
 
-def prometheus_text(now: Any) -> str:
-    """Gauges of an inventory record, in Prometheus' text format 0.0.4."""
-    gauges = {
-        "stock": ("Units left to sell.", now.current_stock),
-        "sold": ("Units sold.", now.total_purchases),
-        "initial_stock": ("Units at the start of the sale.", now.initial_stock),
-    }
-    return "".join(
-        f"# HELP flash_sale_{name} {help_text}\n"
-        f"# TYPE flash_sale_{name} gauge\nflash_sale_{name} {value}\n"
-        for name, (help_text, value) in gauges.items()
-    )
+WORKERS_EXPECTED: list[bool] = []  # by who will start gunicorn in this process
+
+
+class Instruments:
+    """What this process counts. Under gunicorn it has to be made in the master, before the fork."""
+
+    def __init__(self) -> None:
+        several = WORKERS_EXPECTED or "gunicorn.arbiter" in sys.modules
+        self.folder = own_folder() if several else None
+        import prometheus_client as client  # which looks at once whether there is a folder
+
+        client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.durations = client.Histogram(
+            "flash_sale_request_duration_seconds",
+            "Seconds from the parsed request to its answer.",
+            ["route", "status"],
+            buckets=DURATION_BUCKETS_S,
+            registry=None,
+        )
+        self.lock_waits = client.Histogram(
+            "flash_sale_lock_wait_seconds",
+            "Seconds until a transaction had SQLite's write lock; on PostgreSQL those of the"
+            " statement that sells.",
+            buckets=LOCK_BUCKETS_S,
+            registry=None,
+        )
+        self.outcomes = client.Counter(
+            "flash_sale_outcomes",
+            "What the store did: sold, replayed, or why it refused.",
+            ["outcome"],
+            registry=None,
+        )
+        self.checkpoints = client.Counter(
+            "flash_sale_checkpoints", "Checkpoints of SQLite's write-ahead log.", registry=None
+        )
+        self.worker_deaths = client.Counter(
+            "flash_sale_worker_deaths", "Workers that were killed or crashed.", registry=None
+        )
+
+    def all(self) -> list[Any]:
+        return [
+            *(self.durations, self.lock_waits, self.outcomes),
+            *(self.checkpoints, self.worker_deaths),
+        ]
+
+
+@functools.cache
+def instruments() -> Instruments:
+    return Instruments()
+
+
+def own_folder() -> Path:
+    """A new one. An environment that an older master left names that master's: it stays as it is.
+
+    Each file is small, and the kernel gives its pages only as they are written.
+    """
+    parent = FOLDER_PARENT if os.access(FOLDER_PARENT, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="flash-sale-metrics-", dir=parent))
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    return folder
+
+
+def remove_folder() -> None:
+    if (folder := instruments().folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.lru_cache(maxsize=1000)
+def duration_of(route: str, status: str) -> Any:
+    return instruments().durations.labels(route, status)
+
+
+@functools.cache
+def outcome_of(kind: str) -> Any:
+    """The counter of an outcome, named like the class of the store's error: SoldOut is sold_out."""
+    words = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind)
+    return instruments().outcomes.labels(words.lstrip("_"))
+
+
+def observer(paths: set[str]) -> Callable[[str, str, float], None]:
+    """What with_security_headers tells; paths that lead nowhere are one."""
+
+    def observe(path: str, status: str, seconds: float) -> None:
+        duration_of(path if path in paths else "other", status[:3]).observe(seconds)
+
+    return observe
+
+
+class Sale:
+    """The database's part, read at each scrape. While it can't be read, only `up` is told."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def collect(self) -> Iterable[Any]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        try:
+            told = list(self.told())
+        except Exception:  # whatever it is: the figures of the workers are told all the same
+            told = []
+        yield Gauge("flash_sale_database_up", "1 if the database can be read.", len(told) > 0)
+        for name, text, value in told:
+            yield Gauge(f"flash_sale_{name}", text, value)
+
+    def told(self) -> Iterator[tuple[str, str, float]]:
+        now = self.store.inventory()
+        for name, (member, text) in SALE.items():
+            yield name, text, getattr(now, member)
+        gauges: dict[str, float] = self.store.gauges()
+        yield from ((name, DATABASE[name], value) for name, value in gauges.items())
+
+
+def registry(store: Any) -> Any:
+    """Everything that is told, for whoever serves it."""
+    from prometheus_client import CollectorRegistry, multiprocess
+
+    collected = CollectorRegistry()
+    collected.register(Sale(store))
+    if instruments().folder is not None:
+        multiprocess.MultiProcessCollector(collected)  # type: ignore[no-untyped-call]
+    else:
+        for instrument in instruments().all():
+            collected.register(instrument)
+    return collected
+
+
+def exposition(store: Any) -> tuple[bytes, str]:
+    """The text and its content type."""
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+    return generate_latest(registry(store)), CONTENT_TYPE_LATEST

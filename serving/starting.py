@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 GUNICORN_CONF = Path(__file__).resolve().parent.parent / "gunicorn.conf.py"
+BACKLOG = 65535  # buyers who may wait for a worker; the kernel's own limit caps it
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
+SHORT_QUEUE = 4096  # Linux's default; below it many a SYN is dropped, and sent again seconds later
 CANNOT_LOAD_APP = 4  # gunicorn's exit status for it: its master doesn't start such a worker again
 
 
@@ -25,6 +28,18 @@ def say(text: str, stream: Any = None) -> None:
         encoding = stream.encoding
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
+
+
+def short_queue() -> str:
+    """How to let more buyers wait, where the kernel lets only few; "" where it lets enough."""
+    try:
+        limit = int(SOMAXCONN.read_text())
+    except (OSError, ValueError):  # not Linux
+        return ""
+    if limit >= SHORT_QUEUE:
+        return ""
+    raise_it = f"sysctl -w net.core.somaxconn={SHORT_QUEUE}"
+    return f"The kernel lets only {limit} buyers wait for a worker - raise it: {raise_it}"
 
 
 def require_own_settings() -> None:

@@ -2,10 +2,12 @@
 
 import os
 import re
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from sqlite.engine import sqlite3
+from sqlite.locks import retry_while_locked
+from sqlite.wal import WalDatabase
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 APPLICATION_ID = 0x464C5348  # as in schema.sql, like the version
@@ -61,6 +63,20 @@ def name_of(user: int) -> str:
         return pwd.getpwuid(user).pw_name
     except KeyError:  # as in a container
         return f"user {user}"
+
+
+def create(file: WalDatabase, patience_s: float, item_name: str, stock: int) -> None:
+    """The tables and the first stock, unless they are there. Waits `patience_s` for each lock."""
+    require_usable(file.path)
+    with closing(file.connect()) as connection:
+        is_ours = has_our_tables(connection)
+        mode = retry_while_locked(connection, patience_s, "PRAGMA journal_mode = WAL").fetchone()
+    if mode != ("wal",):
+        raise OSError("this file system can't hold a WAL database")
+    if not is_ours:
+        with file.transaction(patience_s) as connection:
+            if not has_our_tables(connection):  # else another process was first
+                create_tables(connection, item_name, stock)
 
 
 def has_our_tables(connection: sqlite3.Connection) -> bool:

@@ -12,7 +12,8 @@ import mmap
 import os
 import time
 from collections import defaultdict, deque
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sqlite.engine import CONNECT_OPTIONS, sqlite3
@@ -20,6 +21,7 @@ from sqlite.locks import LockTimeoutError, retry_while_locked
 
 FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
 SET_SYNCHRONOUS = f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}"
+CHECKPOINT_PATIENCE_S = 0.1  # for the write lock, which the sale before it had an instant ago
 READ_PATIENCE_S = 5.0  # for a SELECT while another process recovers the WAL
 REPLACED_CHECK_S = 1.0  # each look at the file costs as much as a SELECT of the stock
 
@@ -124,6 +126,8 @@ class WalDatabase:
         self.uri = path.as_uri()  # quoted once: each purchase opens it
         self._idle: defaultdict[int, deque[WalReader]] = defaultdict(deque)  # by process id
         self._cause = mmap.mmap(-1, 1)  # anonymous: of all processes that are forked from this one
+        self.on_lock_wait: Callable[[float], object] = lambda seconds: None
+        self.on_checkpoint: Callable[[], object] = lambda: None
 
     def stop(self, cause: int) -> None:
         self._cause[0] = self._cause[0] or cause
@@ -154,8 +158,13 @@ class WalDatabase:
             connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
-    def reader(self) -> WalReader:
-        """This process's standing connection, or one more while another thread uses it."""
+    def reader(self, to_write: bool = False) -> WalReader:
+        """This process's standing connection, or one more while another thread uses it.
+
+        Raises StoppedError where something is to be written or confirmed after a stop.
+        """
+        if to_write:
+            self.require_running()
         idle = self._idle[os.getpid()]  # a fork must not share them
         while True:
             try:
@@ -166,8 +175,28 @@ class WalDatabase:
                 return reader
             reader.close()
 
-    def commit(self, connection: sqlite3.Connection) -> None:
-        """Raises FlushError where nobody can know whether the transaction is stored."""
+    @contextmanager
+    def transaction(self, lock_timeout_s: float) -> Iterator[sqlite3.Connection]:
+        """The one place that begins, commits and rolls back, on a connection of its own.
+
+        Raises LockTimeoutError, StoppedError, and FlushError where nobody knows the outcome.
+        """
+        connection = self.connect(patience_s=0)
+        try:
+            started = time.monotonic()
+            retry_while_locked(connection, lock_timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
+            self.on_lock_wait(time.monotonic() - started)
+            self.require_running()  # the wait may have been long
+            yield connection
+            self._commit(connection)
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        finally:
+            connection.close()
+
+    def _commit(self, connection: sqlite3.Connection) -> None:
         try:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -201,13 +230,25 @@ class WalDatabase:
         reader.flushed_version = version
 
     def checkpoint(self) -> None:
-        """Copy the WAL into the database file, so that it starts over.
+        """Copy the WAL into the database file, so that it starts over; logs why it couldn't.
 
-        The caller holds the write lock on another connection: a checkpoint beside a commit can
-        corrupt the database in SQLite before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
-        Hence wal_autocheckpoint = 0, and PASSIVE, which waits for no reader.
+        Only under the write lock: a checkpoint beside a commit can corrupt the database in SQLite
+        before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug"). Hence wal_autocheckpoint = 0, and
+        PASSIVE, which waits for no reader.
         """
-        self.require_running()  # a checkpoint copies frames without checking them
+        try:
+            with self.transaction(CHECKPOINT_PATIENCE_S):
+                frames, copied = self._copy_wal()
+        except (LockTimeoutError, StoppedError, sqlite3.Error) as error:
+            # What was committed is safe in the WAL.
+            log.error("checkpoint of %s failed: %s", self.path, error)
+            return
+        self.on_checkpoint()
+        if copied < frames:
+            log.warning("checkpoint incomplete, the WAL grows: a reader stays in %s", self.path)
+
+    def _copy_wal(self) -> tuple[int, int]:
+        """The frames in the WAL, and how many of them are in the database file now."""
         with closing(self.connect(patience_s=0)) as connection:
             connection.execute(SET_SYNCHRONOUS)
             try:
@@ -215,8 +256,7 @@ class WalDatabase:
             except sqlite3.Error as error:
                 self._stop_if_flush_failed(error)
                 raise
-        if copied < frames:
-            log.warning("checkpoint incomplete, the WAL grows: a reader stays in %s", self.path)
+        return frames, copied
 
     def checkpoint_if_alone(self) -> None:
         """Put what an earlier service left in the WAL into the database file.
@@ -232,6 +272,14 @@ class WalDatabase:
                 return
             connection.execute("COMMIT")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def gauges(self) -> dict[str, float]:
+        """For a monitor: the bytes of the WAL, and 1 if a flush failed."""
+        try:
+            size = os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:  # nobody has the file open
+            size = 0
+        return {"wal_bytes": size, "flush_failed": float(self._cause[0] == FLUSH_FAILED)}
 
     def close(self) -> None:
         """Close this process's standing connections."""

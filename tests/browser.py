@@ -31,6 +31,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP shop.test 127.0.0.1",  # a name that isn't this machine's own
     "--window-size=1200,1600",
 ]
 REBUILT = [StaleElementReferenceException, ElementClickInterceptedException]

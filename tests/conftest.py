@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def open_store(store_url: str) -> Iterator[OpenStore]:
     yield open_again
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def run_sql(store_url: str) -> Callable[[str], None]:
+    """Runs a statement in the test's database, as an operator does by the shell of either store."""
+
+    def run(statement: str) -> None:
+        if store_url.startswith("sqlite"):
+            with closing(sqlite3.connect(store_url.removeprefix("sqlite:///"))) as connection:
+                connection.execute("PRAGMA busy_timeout = 5000")
+                with connection:
+                    connection.execute(statement)
+            return
+        import psycopg
+
+        with psycopg.connect(store_url) as connection:
+            connection.execute(statement)
+
+    return run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import socketserver
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from service import PROJECT, Answer, free_port, need, parse_answer, wait_until
@@ -17,6 +17,10 @@ from service import PROJECT, Answer, free_port, need, parse_answer, wait_until
 CONF = PROJECT / "deploy" / "nginx.conf"
 PATIENCE_S = 20.0
 Edits = dict[str, str]
+BALANCER: Edits = {  # the comment's two lines: whoever asks is named by a header
+    "#   set_real_ip_from 192.0.2.0/24;": "set_real_ip_from 127.0.0.1;",
+    "#   real_ip_header": "real_ip_header",
+}
 
 
 def has_ipv6() -> bool:
@@ -27,13 +31,11 @@ def has_ipv6() -> bool:
     return True
 
 
-def render(folder: Path, port: int, upstream: int, edits: Edits) -> Path:
-    """Write deploy/nginx.conf with another port and other places; all else in it is tested."""
+def render(folder: Path, ports: dict[int, int], upstream: int, edits: Edits) -> Path:
+    """Write deploy/nginx.conf with other ports and other places; all else in it is tested."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"    {kind}_temp_path {folder}/{kind};\n" for kind in kinds)
     places = {
-        "listen 80 ": f"listen 127.0.0.1:{port} ",
-        "listen [::]:80 ": f"listen [::1]:{port} " if has_ipv6() else "# ",
         "server 127.0.0.1:8000 ": f"server 127.0.0.1:{upstream} ",
         "/run/nginx.pid": f"{folder}/nginx.pid",
         "/var/log/nginx/": f"{folder}/",
@@ -44,6 +46,9 @@ def render(folder: Path, port: int, upstream: int, edits: Edits) -> Path:
     for old, new in (edits | places).items():
         assert old in text, old
         text = text.replace(old, new)
+    for public, port in ports.items():
+        text = text.replace(f"listen {public}", f"listen 127.0.0.1:{port}")
+        text = text.replace(f"listen [::]:{public}", f"listen [::1]:{port}" if has_ipv6() else "#")
     if os.geteuid() == 0:
         text = "user root root;  # a test's folder is closed to others\n" + text
     (folder / "nginx.conf").write_text(text, encoding="utf-8")
@@ -71,10 +76,12 @@ def running(folder: Path, conf: Path, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def nginx(folder: Path, upstream: int, edits: Edits | None = None) -> Iterator[int]:
+def nginx(
+    folder: Path, upstream: int, edits: Edits | None = None, tls_port: int = 0
+) -> Iterator[int]:
     """A real nginx before the upstream, its file changed by `edits`: its port."""
     port = free_port()
-    with running(folder, render(folder, port, upstream, edits or {}), port):
+    with running(folder, render(folder, {80: port, 443: tls_port}, upstream, edits or {}), port):
         yield port
 
 
@@ -176,9 +183,9 @@ class Upstream(socketserver.ThreadingTCPServer):
         self.thread.join()
         self.server_close()
 
-    def wait_for(self, number: int) -> None:
+    def wait_for(self, number: int, limit_s: float = PATIENCE_S) -> None:
         failure = f"{number} requests were expected"
-        wait_until(lambda: len(self.requests) >= number, PATIENCE_S, failure)
+        wait_until(lambda: len(self.requests) >= number, limit_s, failure)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -193,7 +200,11 @@ class Handler(socketserver.BaseRequestHandler):
             received += data
         text = received.decode("latin-1")
         self.server.requests.append(text)
-        self.request.sendall(self.server.answer(text))
+        answer = self.server.answer(text)
+        with suppress(BlockingIOError):
+            if not self.request.recv(1, socket.MSG_DONTWAIT):
+                self.server.gone.set()
+        self.request.sendall(answer)
 
 
 def is_whole(received: bytes) -> bool:

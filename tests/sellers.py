@@ -165,22 +165,22 @@ class SometimesBusy(Seller):
 
 
 class Cached(Seller):
-    """Behind a cache of a second for readings and 410s without a key."""
+    """Behind a cache of a second for readings and 410s without a key; it counts whole ones."""
 
     says, tests = "PROVEN", "1-3"
     arguments = ("--cache-age", "1")
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache: dict[str, tuple[float, Answer]] = {}
+        self.cache: dict[str, tuple[int, Answer]] = {}
 
     def answer(self, request: Request) -> Answer:
-        until, cached = self.cache.get(request.path, (0.0, None))
-        if cached and not request.key and time.monotonic() < until:
+        until, cached = self.cache.get(request.path, (0, None))
+        if cached and not request.key and int(time.monotonic()) <= until:
             return cached
         answer = super().answer(request)
         if request.path == "/inventory" or (answer.status == 410 and not request.key):
-            self.cache[request.path] = time.monotonic() + 1, answer
+            self.cache[request.path] = int(time.monotonic()) + 1, answer
         return answer
 
 

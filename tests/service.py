@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import requests
 
-from serving.config import CHOICES, NUMBERS, TEXTS
+from serving.config import VARIABLES
 
 PROJECT = Path(__file__).parent.parent
 START_LIMIT_S = 20.0
@@ -81,7 +81,7 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without the service's own variables, then `variables`."""
-    own = {*TEXTS, *CHOICES, *NUMBERS, "GUNICORN_CMD_ARGS"}
+    own = {*VARIABLES, "GUNICORN_CMD_ARGS", "PROMETHEUS_MULTIPROC_DIR", "SCRIPT_NAME"}
     return {name: value for name, value in os.environ.items() if name not in own} | variables
 
 

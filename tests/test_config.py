@@ -4,21 +4,22 @@ import math
 import runpy
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
-from service import PROJECT, run_to_end
+from service import PROJECT, Service, run_to_end
 
-from serving.config import CHOICES, NUMBERS, TEXTS, ConfigError, read_config
+from serving.config import NUMBERS, VARIABLES, ConfigError, near_misses, read_config
 
 
 @pytest.fixture
 def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the environment nor a developer's .env sets a variable of the service."""
     monkeypatch.setattr("serving.config.load_dotenv", lambda path: False)
-    for name in (*TEXTS, *CHOICES, *NUMBERS):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,6 +38,8 @@ def test_without_variables_the_defaults_hold() -> None:
         "DB_POOL_TIMEOUT": 5.0,
         "HOST": "127.0.0.1",
         "PORT": 8000,
+        "METRICS_PORT": None,
+        "SALE_STARTS_AT": None,
     }
 
 
@@ -57,6 +60,15 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("DB_POOL_SIZE", "2", 2),
         ("DB_POOL_TIMEOUT", "0.5", 0.5),
         ("ITEM_NAME", "Zoë's show", "Zoë's show"),
+        ("ITEM_NAME", "x" * 128, "x" * 128),
+        ("ITEM_NAME", " Zoë's show \r\n", "Zoë's show"),
+        ("DATABASE_URL", "\tsqlite:///sale.db\n", "sqlite:///sale.db"),
+        ("HOST", "::1\r", "::1"),
+        ("ALLOW_RESET", "1\n", "1"),
+        ("INITIAL_STOCK", " \n", 100),
+        ("METRICS_PORT", "9100", 9100),
+        ("SALE_STARTS_AT", "2026-12-01T20:00:00+01:00", datetime(2026, 12, 1, 19, tzinfo=UTC)),
+        ("SALE_STARTS_AT", "2026-12-01T19:00Z ", datetime(2026, 12, 1, 19, tzinfo=UTC)),
     ],
 )
 def test_a_variable_is_read(name: str, value: str, read: Any) -> None:
@@ -68,6 +80,24 @@ IMPOSSIBLE = [
     ("INITIAL_STOCK", "1000000001"),
     ("INITIAL_STOCK", "many"),
     ("INITIAL_STOCK", "1.5"),
+    ("INITIAL_STOCK", "1_0"),
+    ("INITIAL_STOCK", "１００"),
+    ("INITIAL_STOCK", "١٠"),
+    ("INITIAL_STOCK", "1\n0"),
+    ("LOCK_TIMEOUT", "1_0"),
+    ("LOCK_TIMEOUT", "٥"),
+    ("METRICS_PORT", "0"),
+    ("METRICS_PORT", "8000"),  # PORT's own
+    ("SALE_STARTS_AT", "soon"),
+    ("SALE_STARTS_AT", "2026-12-01T20:00:00"),  # whose clock?
+    ("SALE_STARTS_AT", "2026-12-01"),
+    ("SALE_STARTS_AT", "1790000000"),
+    ("ITEM_NAME", "x" * 129),
+    ("ITEM_NAME", "a\x00b"),
+    ("ITEM_NAME", "a\nb"),
+    ("ITEM_NAME", "\x1b[31mred"),
+    ("HOST", "127.0.0.1\t::1"),
+    ("DATABASE_URL", "sqlite:///a\nb.db"),
     ("LOCK_TIMEOUT", "soon"),
     ("LOCK_TIMEOUT", "-1"),
     ("LOCK_TIMEOUT", "nan"),
@@ -86,6 +116,21 @@ IMPOSSIBLE = [
     ("DATABASE_URL", "inventory.db"),
     ("DATABASE_URL", "sqlite:///:memory:"),
 ]
+
+
+def test_a_misspelt_variable_is_found_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ("HOSTNAME", "TEST_DATABASE_URL", "PGPORT", "GUNICORN_CMD_ARGS", "ITEM", "PATH")
+    misspelt = {"INITAL_STOCK": "INITIAL_STOCK", "SALES_START_AT": "SALE_STARTS_AT"}
+    misspelt |= {"database_url": "DATABASE_URL", "LOCK-TIMEOUT": "LOCK_TIMEOUT"}
+    monkeypatch.setattr("os.environ", dict.fromkeys([*others, *VARIABLES, *misspelt], "1"))
+    assert near_misses() == misspelt
+
+
+def test_a_misspelt_variable_is_told_at_the_start(tmp_path: Path) -> None:
+    with Service(tmp_path, INITAL_STOCK="7") as service:
+        assert service.get("/inventory")["initial_stock"] == 100
+    warning = "The variable INITAL_STOCK means nothing here - is it INITIAL_STOCK?"
+    assert service.log.count(warning) == 1
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
@@ -124,7 +169,7 @@ def test_gunicorn_gives_a_worker_more_time_than_the_lock_timeout(
     conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
     assert conf["timeout"] >= math.ceil(float(timeout)) + 20
     assert isinstance(conf["timeout"], int)
-    assert (conf["bind"], conf["backlog"]) == ("127.0.0.2:1234", 2048)
+    assert (conf["bind"], conf["backlog"]) == ("127.0.0.2:1234", 65535)
     assert conf["control_socket_disable"] is True
     assert "%(r)s" not in conf["access_log_format"]
     assert "%(q)s" not in conf["access_log_format"]
@@ -145,11 +190,10 @@ def test_the_env_file_beside_the_program_is_read(
 
 def test_the_environment_goes_before_the_env_file(copy_of_the_program: Path) -> None:
     (copy_of_the_program / ".env").write_text("INITIAL_STOCK=7\nITEM_NAME=Zoë\n")
-    audit = [sys.executable, *STARTS[0]]
-    done = run_to_end(
-        audit, copy_of_the_program, DATABASE_URL="sqlite:///sale.db", INITIAL_STOCK="3"
-    )
-    assert '"initial_stock": 3' in done.stdout
+    command = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    variables = {"DATABASE_URL": "sqlite:///sale.db", "INITIAL_STOCK": "3"}
+    done = run_to_end(command, copy_of_the_program, **variables)
+    assert done.stdout.endswith(": 3 of 3 units left\n")
 
 
 @pytest.mark.parametrize("command", STARTS[1:])  # flask reads a .env itself, before the app
@@ -164,5 +208,5 @@ def test_an_env_file_that_cannot_be_read_is_told(
 
 def test_every_variable_is_in_the_example_file() -> None:
     example = (PROJECT / ".env.example").read_text(encoding="utf-8")
-    for name in (*TEXTS, *CHOICES, *NUMBERS):
+    for name in VARIABLES:
         assert f"\n{name}=" in example or f"\n# {name}=" in example

@@ -63,20 +63,9 @@ def test_the_page_shows_a_sold_out_sale_as_410(browser: Chrome, service: Service
     assert "SOLD OUT" in read(browser, f"{ANSWER} .response-col_description")
 
 
-def test_the_page_names_no_other_host_not_even_the_one_it_was_asked_for(
-    client: FlaskClient,
-) -> None:
-    page = client.get("/docs", headers={"Host": 'evil.test"</script>'})
-    assert (page.status_code, page.content_type) == (200, "text/html; charset=utf-8")
-    assert "evil" not in page.text
-    assert "://" not in page.text
-
-
-@pytest.mark.parametrize(
-    "name", ["index.css", "swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png"]
-)
+@pytest.mark.parametrize("name", ["swagger-ui.css", "swagger-ui-bundle.js"])
 def test_the_page_is_made_of_files_of_this_service(client: FlaskClient, name: str) -> None:
-    assert f'"/docs/{name}"' in client.get("/docs").text
+    assert f'"docs/{name}"' in client.get("/docs").text
     with client.get(f"/docs/{name}") as answer:
         assert answer.status_code == 200
 
@@ -89,6 +78,8 @@ def test_the_page_is_made_of_files_of_this_service(client: FlaskClient, name: st
         "/docs//etc/passwd",
         "/docs/..%5capp.py",
         "/docs/%00",
+        "/docs/index.html",
+        "/docs/swagger-ui.js",
     ],
 )
 def test_no_other_file_can_be_had_below_docs(client: FlaskClient, path: str) -> None:

@@ -28,7 +28,7 @@ from edge import (
     read_all,
     reply,
 )
-from service import Answer, parse_answer, wait_until
+from service import Answer, parse_answer
 
 OLDEST_S = 2.0  # of what nginx keeps for one second: it counts whole ones
 SOLD = '{"success": true}'
@@ -62,9 +62,11 @@ def a_reading_is_told_without_the_service(folder: Path, edits: Edits) -> None:
 
 def what_the_service_does_not_mark_is_not_kept(folder: Path, edits: Edits) -> None:
     with Upstream(lambda _: reply(410)) as upstream, nginx(folder, upstream.port, edits) as port:
-        for raw_request in [buy(), buy(), get("/inventory"), get("/inventory")]:
+        for raw_request in [buy("k"), buy("k"), get("/inventory"), get("/inventory")]:
             assert ask(port, raw_request).status == 410
         assert len(upstream.requests) == 4
+        assert [ask(port, raw).status for raw in (buy(), buy())] == [410, 410]
+        assert len(upstream.requests) == 8  # a refusal is asked for twice before it is kept
 
 
 def a_get_is_not_told_what_a_purchase_was_told(folder: Path, edits: Edits) -> None:
@@ -85,44 +87,48 @@ def what_a_buyer_with_a_key_was_told_is_told_to_nobody_else(folder: Path, edits:
     with Upstream(sold_out) as upstream, nginx(folder, upstream.port, edits) as port:
         for buyer in (buy("k"), buy("0"), buy()):
             ask(port, buyer)
-        assert len(upstream.requests) == 3
+        assert len(upstream.requests) == 4  # the last asks twice, to keep it
 
 
 def purchases_do_not_wait_for_each_other(folder: Path, edits: Edits) -> None:
-    both = threading.Barrier(2)
+    both, together = threading.Barrier(2), threading.Event()
 
     def answer(_: str) -> bytes:
-        both.wait(3)  # seconds; broken: one came alone
+        with suppress(threading.BrokenBarrierError):
+            both.wait(3)  # seconds
+            together.set()
         return for_a_second(200, SOLD)
 
     with Upstream(answer) as upstream, nginx(folder, upstream.port, edits) as port:
         assert [answer.status for answer in ask_at_once(port, [buy(), buy()])] == [200, 200]
+        assert together.is_set()
 
 
 def each_purchase_is_passed_on_once_and_for_its_buyer(folder: Path, edits: Edits) -> None:
     """After a refill, when a refusal was kept a moment ago: the next two buyers buy."""
-    both = threading.Event()
+    refilled, both = threading.Event(), threading.Event()
 
     def answer(_: str) -> bytes:
-        if len(upstream.requests) == 1:
+        if not refilled.is_set():
             return for_a_second(410)
-        both.wait(3)
+        both.wait(3)  # seconds
         return reply(200, SOLD)
 
     with Upstream(answer) as upstream, nginx(folder, upstream.port, edits) as port:
         assert ask(port, buy()).status == 410
+        refilled.set()
+        before = len(upstream.requests)
         time.sleep(OLDEST_S + 0.1)  # until nginx knows that it is old
-        first, second = connect(port), connect(port)
-        first.sendall(buy())
-        upstream.wait_for(2)
-        second.sendall(buy())
-        with suppress(AssertionError):
-            wait_until(lambda: len(upstream.requests) == 3, 1, "the second was not passed on")
-        both.set()
-        with first, second:
+        with connect(port) as first, connect(port) as second:
+            first.sendall(buy())
+            upstream.wait_for(before + 1)
+            second.sendall(buy())
+            with suppress(AssertionError):
+                upstream.wait_for(before + 2, 1)
+            both.set()
             answers = [parse_answer(read_all(client)) for client in (first, second)]
         assert [answer.status for answer in answers] == [200, 200]
-        assert len(upstream.requests) == 3
+        assert len(upstream.requests) == before + 2
 
 
 def readings_wait_for_one_that_asks(folder: Path, edits: Edits) -> None:
@@ -136,10 +142,23 @@ def readings_wait_for_one_that_asks(folder: Path, edits: Edits) -> None:
         assert len(upstream.requests) == 1
 
 
+def the_service_sees_that_a_buyer_has_hung_up(folder: Path, edits: Edits) -> None:
+    news = threading.Event()
+
+    def answer(_: str) -> bytes:
+        news.wait(0.5)  # seconds, as long as they need
+        return reply(200, SOLD)
+
+    with Upstream(answer) as upstream, nginx(folder, upstream.port, edits) as port:
+        with connect(port) as client:
+            client.sendall(buy())
+            upstream.wait_for(1)
+        assert upstream.gone.wait(2)
+
+
 FEW: Edits = {
     "max_conns=1000 ": "max_conns=3 ",
     "worker_processes auto": "worker_processes 4",
-    " backlog=65535": " reuseport backlog=65535",  # each of nginx's workers gets some
 }
 
 
@@ -168,16 +187,16 @@ def no_more_wait_than_the_service_can_answer(folder: Path, edits: Edits) -> None
         release.set()
         sold = first_answers(buyers, 3)
     assert [answer.status for answer in sold] == [200] * 3
-    for answer in refused:
-        assert answer.headers["retry-after"] == "1"
-        assert answer.json == {"success": False, "message": "Server busy - please retry"}
+    for one in refused:
+        assert one.headers["retry-after"] == "1"
+        assert one.json == {"success": False, "message": "Server busy - please retry"}
     assert "live upstreams" not in (folder / "error.log").read_text()  # no line for each of them
     assert not (folder / "unanswered.log").read_text()
 
 
 def first_answers(clients: list[socket.socket], number: int) -> list[Answer]:
     """Of those who are answered first; they leave the list."""
-    answers = []
+    answers: list[Answer] = []
     while len(answers) < number:
         answered, _, _ = select.select(clients, [], [], 3)  # seconds
         assert answered, f"only {len(answers)} of {number} were answered"
@@ -188,40 +207,45 @@ def first_answers(clients: list[socket.socket], number: int) -> list[Answer]:
     return answers
 
 
+STEP_2 = "proxy_intercept_errors on;"
+CACHED = "proxy_cache answers; proxy_cache_methods POST;"  # in step 2, as if there were no step 3
 LINES: list[tuple[Check, str, str]] = [
     (a_refusal_is_told_without_the_service, "proxy_cache_methods POST;", ""),
     (a_refusal_is_told_without_the_service, "proxy_cache answers;", ""),
+    (a_refusal_is_told_without_the_service, "proxy_intercept_errors on;", ""),
+    (a_refusal_is_told_without_the_service, "error_page 410 = @sold_out;", ""),
     (a_reading_is_told_without_the_service, "proxy_cache answers;", ""),
     (a_reading_is_told_without_the_service, "$request_method$uri", "$request_method$request_uri"),
     (
         what_the_service_does_not_mark_is_not_kept,
-        "POST;",
-        "POST; proxy_cache_valid any 1s; proxy_ignore_headers Cache-Control;",
+        "proxy_cache answers;",
+        "proxy_cache answers; proxy_cache_valid any 1s; proxy_ignore_headers Cache-Control;",
     ),
-    (a_get_is_not_told_what_a_purchase_was_told, "proxy_cache_key $request_method$uri;", ""),
+    (a_refusal_is_told_without_the_service, "proxy_cache_key $request_method$uri;", ""),
     (a_get_is_not_told_what_a_purchase_was_told, "$request_method$uri", "$uri"),
     (a_buyer_with_a_key_is_asked_about, "proxy_cache_bypass $has_key;", ""),
     (a_buyer_with_a_key_is_asked_about, "bypass $has_key", "bypass $http_idempotency_key"),
     (a_buyer_with_a_key_is_asked_about, "underscores_in_headers on;", ""),
     (a_buyer_with_a_key_is_asked_about, "proxy_set_header Idempotency-Key ", "# "),
-    (what_a_buyer_with_a_key_was_told_is_told_to_nobody_else, "proxy_no_cache $has_key;", ""),
     (
         what_a_buyer_with_a_key_was_told_is_told_to_nobody_else,
-        "proxy_no_cache $has_key",
-        "proxy_no_cache $http_idempotency_key",
+        "nobody1 @with_key;",
+        "nobody1 @without_key;",
     ),
-    (purchases_do_not_wait_for_each_other, "proxy_cache_lock off;", "proxy_cache_lock on;"),
-    (each_purchase_is_passed_on_once_and_for_its_buyer, "use_stale off", "use_stale updating"),
+    (purchases_do_not_wait_for_each_other, STEP_2, f"{CACHED} proxy_cache_lock on;"),
+    (each_purchase_is_passed_on_once_and_for_its_buyer, "use_stale off", "use_stale error"),
     (
         each_purchase_is_passed_on_once_and_for_its_buyer,
-        "proxy_cache_use_stale off;\n            proxy_cache_background_update off;",
-        "proxy_cache_use_stale updating; proxy_cache_background_update on;",
+        STEP_2,
+        f"{CACHED} proxy_cache_use_stale updating; proxy_cache_background_update on;",
     ),
+    (the_service_sees_that_a_buyer_has_hung_up, STEP_2, CACHED),
+    (the_service_sees_that_a_buyer_has_hung_up, "client_abort off", "client_abort on"),
     (readings_wait_for_one_that_asks, "proxy_cache_lock on;", ""),
     (no_more_wait_than_the_service_can_answer, "max_conns=3 ", ""),
     (no_more_wait_than_the_service_can_answer, "zone purchases 64k;", ""),
     (no_more_wait_than_the_service_can_answer, "error.log crit;", "error.log error;"),
-    (no_more_wait_than_the_service_can_answer, "if ($upstream_bytes_sent = 0)", "if ($uri = /no)"),
+    (no_more_wait_than_the_service_can_answer, 'if ($upstream_bytes_sent ~ "', 'if ($uri ~ "'),
     (no_more_wait_than_the_service_can_answer, "http://readings", "http://purchases"),
 ]
 CHECKS = list(dict.fromkeys(check for check, _, _ in LINES))

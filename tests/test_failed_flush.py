@@ -38,7 +38,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 def sell_until_a_flush_fails(service: Service) -> tuple[list[str], str]:
     """The keys that were told 200, and the one that was told 500."""
-    told = []
+    told: list[str] = []
     for number in range(200):
         answer = service.buy("alice", f"key-{number}")
         if answer.status_code == 500:
@@ -146,7 +146,7 @@ def test_no_checkpoint_runs_after_the_failure_not_even_by_another_start(
     for call in (failed_store.check, lambda: failed_store.reset(3), lambda: failed_store.buy("x")):
         with pytest.raises(db.RestartNeeded):
             call()
-    failed_store._checkpoint()
+    failed_store.file.checkpoint()
     beside = open_store()
     assert beside.audit() == (5, 3, 2)
     beside.close()

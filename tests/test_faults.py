@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,8 @@ import db
 from sqlite.engine import sqlite3
 
 KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 60.0
-GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")
+# The service, but for the pause between two lines about the same kind of trouble.
+GUNICORN = patched("import serving.watch; serving.watch.TROUBLE_PAUSE_S = 0")
 REFUSED = {"success": False, "message": db.Unavailable.message}
 
 
@@ -142,7 +142,7 @@ def stored(database: Path, initial_stock: int) -> set[int]:
 
 
 def test_at_the_file_size_limit_nothing_is_sold_and_above_it_is(tmp_path: Path) -> None:
-    with Service(tmp_path, WEB_CONCURRENCY="1") as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:
         assert service.buy().status_code == 200
         (worker,) = service.workers()
         unlimited = resource.prlimit(worker, resource.RLIMIT_FSIZE)
@@ -188,7 +188,7 @@ def test_a_database_file_turned_read_only_is_told_and_turned_back_sells(tmp_path
 def test_a_folder_that_is_moved_away_is_told_and_moved_back_sells(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     folder.mkdir()
-    with Service(tmp_path, DATABASE_URL=f"sqlite:///{folder}/inventory.db") as service:
+    with Service(tmp_path, *GUNICORN, DATABASE_URL=f"sqlite:///{folder}/inventory.db") as service:
         assert service.buy().status_code == 200
         folder.rename(elsewhere)
         for _ in range(8):  # workers with and without a standing connection
@@ -202,7 +202,7 @@ def test_a_database_overwritten_with_garbage_is_told_and_restored_sells(
     tmp_path: Path, start: int
 ) -> None:
     database = tmp_path / "inventory.db"
-    with Service(tmp_path, WEB_CONCURRENCY="1") as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:
         assert service.buy().status_code == 200
         for _ in range(
             2
@@ -227,7 +227,7 @@ def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(
     tmp_path: Path,
 ) -> None:
     """What only the WAL held is destroyed with it; nothing may be sold on top of the ruins."""
-    with Service(tmp_path, WEB_CONCURRENCY="2") as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="2") as service:
         service.reset(100)  # as all of a reset is in the database file
         for _ in range(20):
             assert service.buy().status_code == 200
@@ -237,7 +237,7 @@ def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(
         refused = [answer for answer in answers if answer.status == 503]
         assert (len(refused) > 0, len(sold) + len(refused)) == (True, len(answers))
         assert ["disk I/O error" in line for line in errors(service)] == [True] * len(refused)
-    with Service(tmp_path) as service:
+    with Service(tmp_path, *GUNICORN) as service:
         assert_sells_again(service, sold_before=len(sold))
     assert len(stored(tmp_path / "inventory.db", 100)) == len(sold) + 1
 
@@ -245,7 +245,7 @@ def test_a_wal_truncated_by_somebody_is_told_and_after_a_restart_the_rest_sells(
 def test_a_database_replaced_by_another_is_noticed_and_sold_from(tmp_path: Path) -> None:
     """As a restore does it: the database and its WAL moved away, another one moved in."""
     database, backup = tmp_path / "inventory.db", tmp_path / "backup.db"
-    with Service(tmp_path, WEB_CONCURRENCY="2", INITIAL_STOCK="1000") as service:
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="2", INITIAL_STOCK="1000") as service:
         for _ in range(20):
             assert service.buy().status_code == 200
         with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(backup)) as copy:
@@ -313,7 +313,7 @@ def test_hundreds_of_kills_in_mid_sale_lose_and_repeat_nothing(tmp_path: Path) -
     deadline = time.monotonic() + KILLING_LIMIT_S
     with Buyers(port, 4) as buyers:
         while time.monotonic() < deadline and kills < KILLS:
-            with Service(tmp_path, PORT=str(port), INITIAL_STOCK="1000000") as service:
+            with Service(tmp_path, *GUNICORN, PORT=str(port), INITIAL_STOCK="1000000") as service:
                 for _ in range(KILLS_PER_START):
                     buyers.wait_for_a_sale()
                     kills += kill(luck.choice(service.workers() or [0]))
@@ -371,7 +371,7 @@ def wait_until_started(service: Service) -> None:
 
 
 def test_refusals_leave_no_line_in_the_log(tmp_path: Path) -> None:
-    with Service(tmp_path, INITIAL_STOCK="1") as service:
+    with Service(tmp_path, *GUNICORN, INITIAL_STOCK="1") as service:
         assert service.buy().status_code == 200
         wait_until_started(service)
         before = service.log
@@ -382,7 +382,7 @@ def test_refusals_leave_no_line_in_the_log(tmp_path: Path) -> None:
 
 
 def test_a_busy_purchase_is_one_line_in_the_log(tmp_path: Path) -> None:
-    with Service(tmp_path, LOCK_TIMEOUT="0") as service:
+    with Service(tmp_path, *GUNICORN, LOCK_TIMEOUT="0") as service:
         wait_until_started(service)
         before = service.log
         with write_lock(tmp_path / "inventory.db"):
@@ -393,7 +393,7 @@ def test_a_busy_purchase_is_one_line_in_the_log(tmp_path: Path) -> None:
 
 def test_no_customer_and_no_key_is_in_the_log(tmp_path: Path) -> None:
     database = tmp_path / "inventory.db"
-    with Service(tmp_path, LOCK_TIMEOUT="0", WEB_CONCURRENCY="1") as service:
+    with Service(tmp_path, *GUNICORN, LOCK_TIMEOUT="0", WEB_CONCURRENCY="1") as service:
         for customer in ("secret-1", "secret-1", "secret-2"):  # sold, replayed, refused
             service.buy(customer, "secret-key")
         with write_lock(database):

@@ -2,7 +2,6 @@
 
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 from service import PROJECT
 

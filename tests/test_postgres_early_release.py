@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,9 +101,9 @@ def test_while_commits_do_not_come_through_a_sale_holds_the_row_until_they_do(
         store.buy("alice")  # each process sells early now
     with ThreadPoolExecutor() as crowd, standby_away(cluster):
         for store in stores:
-            assert outcome(lambda store=store: store.buy("bob")) is db.OutcomeUnknown
+            assert outcome(partial(store.buy, "bob")) is db.OutcomeUnknown
         begin, before = time.monotonic(), stores[0].audit().purchase_records
-        attempts = [crowd.submit(outcome, lambda s=s: s.buy("carol")) for s in stores * 4]
+        attempts = [crowd.submit(outcome, partial(s.buy, "carol")) for s in stores * 4]
         outcomes = [attempt.result(LIMIT_S) for attempt in attempts]
         assert set(outcomes) == {db.OutcomeUnknown, db.Busy}
         sold = stores[0].audit().purchase_records - before
@@ -138,15 +139,15 @@ def test_no_refusal_rests_on_a_sale_that_is_not_on_every_disk(
     assert outcome(lambda: refuser.buy("bob")) is db.SoldOut
     cluster.sql(RESTOCK, url.rpartition("/")[2])
     with standby_away(cluster):
-        assert outcome(lambda: seller.buy("carol", "key-1")) is db.OutcomeUnknown
+        assert outcome(partial(seller.buy, "carol", "key-1")) is db.OutcomeUnknown
         assert seller.inventory().current_stock == 0  # a reading may tell
         for store in (refuser, newcomer):
-            assert outcome(lambda store=store: store.buy("dora")) is db.OutcomeUnknown
-            assert outcome(lambda store=store: store.buy("dora", "key-1")) is db.OutcomeUnknown
-            assert outcome(lambda store=store: store.buy("carol", "key-1")) is db.OutcomeUnknown
+            assert outcome(partial(store.buy, "dora")) is db.OutcomeUnknown
+            assert outcome(partial(store.buy, "dora", "key-1")) is db.OutcomeUnknown
+            assert outcome(partial(store.buy, "carol", "key-1")) is db.OutcomeUnknown
     for store in (refuser, newcomer):
-        assert outcome(lambda store=store: store.buy("dora")) is db.SoldOut
-        assert outcome(lambda store=store: store.buy("dora", "key-1")) is db.KeyReused
+        assert outcome(partial(store.buy, "dora")) is db.SoldOut
+        assert outcome(partial(store.buy, "dora", "key-1")) is db.KeyReused
         assert store.buy("carol", "key-1").replayed
     assert seller.audit() == (4, 0, 4)
 
@@ -157,11 +158,11 @@ def test_only_the_first_refusal_waits_for_the_disks(
     store = open_store()
     store.reset(1)
     store.buy("alice", "key-1")
-    assert outcome(lambda: store.buy("bob")) is db.SoldOut
+    assert outcome(partial(store.buy, "bob")) is db.SoldOut
     with standby_away(cluster):
         for key in (None, "key-2"):
-            assert outcome(lambda key=key: store.buy("bob", key)) is db.SoldOut
-        assert outcome(lambda: store.buy("alice", "key-1")) is db.OutcomeUnknown
+            assert outcome(partial(store.buy, "bob", key)) is db.SoldOut
+        assert outcome(partial(store.buy, "alice", "key-1")) is db.OutcomeUnknown
     assert store.buy("alice", "key-1").replayed
 
 
@@ -189,7 +190,7 @@ def test_an_error_of_the_confirmation_does_not_undo_the_sale_and_makes_it_unknow
     store = open_store()
     store.buy("alice")
     monkeypatch.setattr(postgres.store, "CONFIRM", "SELECT pg_advisory_xact_lock(1 / 0)")
-    assert outcome(lambda: store.buy("bob")) is db.OutcomeUnknown
+    assert outcome(partial(store.buy, "bob")) is db.OutcomeUnknown
     assert store.audit() == (2, 0, 2)
 
 
@@ -200,5 +201,5 @@ def test_an_error_of_the_sale_is_certain_whatever_comes_of_the_confirmation(
     store.buy("alice")
     with psycopg.connect(url) as holder:
         holder.execute("SELECT FROM inventory FOR UPDATE")
-        assert outcome(lambda: store.buy("bob")) is db.Busy
+        assert outcome(partial(store.buy, "bob")) is db.Busy
     assert store.audit() == (2, 1, 1)

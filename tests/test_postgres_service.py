@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -72,34 +73,46 @@ def test_a_thousand_buyers_buy_each_of_100_tickets_once(service: Service) -> Non
     }
 
 
+PROOF = (sys.executable, "proof_of_correctness.py", "--own-server")
+
+
 def test_the_proof_holds_and_says_whose_purchases_it_deletes(url: str) -> None:
-    command = (
-        sys.executable,
-        "proof_of_correctness.py",
-        "--own-server",
-    )
-    done = run_to_end(command, DATABASE_URL=url)
+    store = store_with_a_purchase(url)
+    done = run_to_end((*PROOF, "--delete-purchases"), DATABASE_URL=url, INITIAL_STOCK="7")
     assert done.returncode == 0, done.stdout
-    assert (
-        "PROVEN: every unit was sold exactly once (seed" in done.stdout
-    )  # and no test was skipped
+    no_test_was_skipped = "PROVEN: every unit was sold exactly once (seed"
+    assert no_test_was_skipped in done.stdout
     assert "DATABASE_URL names: its purchases will be deleted" in done.stdout
     assert PASSWORD not in done.stdout + done.stderr
+    assert store.audit() == (7, 7, 0)  # as configured
+    store.close()
 
 
-def test_the_proof_deletes_nothing_where_reset_is_switched_off(url: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "allow_reset", "reason"),
+    [
+        ((), "1", "holds 1 purchases: --delete-purchases deletes them"),
+        ((), "", "holds 1 purchases: --delete-purchases deletes them"),
+        (("--delete-purchases",), "0", "start that server with ALLOW_RESET=1"),
+    ],
+)
+def test_the_proof_deletes_no_purchase_unless_it_is_told_to(
+    url: str, option: tuple[str, ...], allow_reset: str, reason: str
+) -> None:
+    store = store_with_a_purchase(url)
+    done = run_to_end((*PROOF, *option), DATABASE_URL=url, ALLOW_RESET=allow_reset)
+    assert done.returncode == 2, done.stdout
+    assert reason in done.stdout
+    assert PASSWORD not in done.stdout + done.stderr
+    assert store.audit() == (5, 4, 1)
+    store.close()
+
+
+def store_with_a_purchase(url: str) -> Any:
     store = service_app.open_store(url, "Concert", 5, 5.0)
     store.create()
     store.buy("alice")
-    command = (
-        sys.executable,
-        "proof_of_correctness.py",
-        "--own-server",
-    )
-    done = run_to_end(command, DATABASE_URL=url, ALLOW_RESET="0")
-    assert done.returncode == 2, done.stdout
-    assert store.audit() == (5, 4, 1)
-    store.close()
+    return store
 
 
 def test_every_route_answers_as_on_sqlite_and_tells_no_secret(service: Service) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import app as service_app
 import db
+from serving import metrics
 
 OpenStore = Callable[..., Any]
 
@@ -244,3 +245,83 @@ def test_eight_processes_create_one_stock(store_url: str) -> None:
     assert [results.get(timeout=60) for _ in processes] == [(5, 5, 0)] * 8
     for process in processes:
         process.join()
+
+
+def test_what_a_key_has_bought_is_found_and_nothing_is_sold(open_store: OpenStore) -> None:
+    store = open_store(stock=5)
+    assert store.find("alice", "key-1") is None
+    bought = store.buy("alice", "key-1")
+    assert store.find("alice", "key-1") == bought._replace(replayed=True)
+    with pytest.raises(db.KeyReused):
+        store.find("bob", "key-1")
+    assert store.audit() == (5, 4, 1)
+
+
+def test_each_wait_for_the_lock_is_told(open_store: OpenStore) -> None:
+    waits: list[float] = []
+    store = open_store(stock=2)
+    store.measure(waits.append, lambda: None)
+    store.buy("alice")
+    store.buy("bob", "key-1")
+    assert len(waits) == 2
+    assert all(0 < wait_s < 5 for wait_s in waits)
+
+
+def test_a_monitor_is_told_of_the_database_by_names_that_it_knows(open_store: OpenStore) -> None:
+    told = open_store().gauges()
+    assert told
+    assert told.keys() <= metrics.DATABASE.keys()
+    assert all(isinstance(value, int | float) and value >= 0 for value in told.values())
+
+
+def restock(units: int) -> str:
+    """What deploy/README.md tells an operator to run; a refund is a restock of one unit."""
+    return (
+        f"UPDATE inventory SET stock = stock + {units}, initial_stock = initial_stock + {units},"
+        " last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
+    )
+
+
+def test_a_restock_during_a_sale_is_sold_too_and_everything_adds_up(
+    open_store: OpenStore, run_sql: Callable[[str], None]
+) -> None:
+    store = open_store(stock=10)
+    results: list[Any] = []
+    crowd: list[tuple[str, str | None]] = [(f"c{number}", None) for number in range(30)]
+    selling = threading.Thread(target=lambda: results.extend(buy_in_threads(store, crowd)))
+    selling.start()
+    run_sql(restock(3))
+    selling.join()
+    sold = sum(isinstance(result, db.Purchase) for result in results)
+    assert 10 <= sold <= 13
+    assert store.inventory()[2:5] == (13 - sold, 13, sold)
+    sell_out(store)
+    assert store.audit() == (13, 0, 13)
+
+
+def test_a_sold_out_sale_sells_again_after_a_restock(
+    open_store: OpenStore, run_sql: Callable[[str], None]
+) -> None:
+    store = open_store(stock=1)
+    store.buy("alice", "key-1")
+    for _ in range(3):  # so that whatever a store remembers of it is remembered
+        with pytest.raises(db.SoldOut):
+            store.buy("bob")
+    run_sql(restock(2))
+    assert store.inventory()[2:5] == (2, 3, 1)
+    assert [store.buy("bob").remaining_stock for _ in range(2)] == [1, 0]
+    with pytest.raises(db.SoldOut):
+        store.buy("bob")
+    assert store.audit() == (3, 0, 3)
+
+
+def test_a_refund_is_a_restock_of_one_and_its_key_buys_nothing_more(
+    open_store: OpenStore, run_sql: Callable[[str], None]
+) -> None:
+    store = open_store(stock=1)
+    first = store.buy("alice", "key-1")
+    run_sql(restock(1))
+    assert store.buy("alice", "key-1") == first._replace(replayed=True)
+    assert store.inventory()[2:5] == (1, 2, 1)
+    assert store.buy("bob").remaining_stock == 0
+    assert store.audit() == (2, 0, 2)

@@ -1,0 +1,55 @@
+"""What gunicorn calls, in the order of a process's life. gunicorn.conf.py hands it on."""
+
+from typing import Any
+
+from serving import draining, exporter, metrics, watch
+from serving.starting import acting_as, cannot_start, short_queue
+
+
+def store_of(server: Any) -> Any:
+    return server.app.wsgi().extensions["store"]  # gunicorn has loaded the app before the fork
+
+
+def on_starting(server: Any) -> None:
+    """The app is loaded, nothing is bound yet."""
+    try:
+        with acting_as(server.cfg.uid, server.cfg.gid):
+            store_of(server).create()  # again, with the workers' rights
+    except Exception as error:
+        cannot_start(error)
+
+
+def when_ready(server: Any) -> None:
+    """The master listens, and has no worker yet."""
+    server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))
+    if short := short_queue():
+        server.log.warning(short)
+    draining.install(server)
+    config = server.app.wsgi().config
+    exporter.install(server, store_of(server), config["HOST"], config["METRICS_PORT"])
+
+
+def pre_exec(server: Any) -> None:
+    """An upgrade: in the process that becomes the second master."""
+    if stopped := getattr(store_of(server), "stopped", ""):  # a new master wouldn't know
+        cannot_start(stopped)
+    draining.before_upgrade(server)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    draining.enter_worker(server, worker)
+
+
+def post_worker_init(worker: Any) -> None:
+    draining.begin_work(worker)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    draining.answer_backlog(worker)
+    if worker.is_orphan:  # the master can't do it any more
+        metrics.remove_folder()
+
+
+def on_exit(server: Any) -> None:
+    """The master, after its workers."""
+    metrics.remove_folder()
