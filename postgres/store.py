@@ -18,6 +18,7 @@ from postgres import setup
 from postgres.connections import Connections, Row, Statement, one_line, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
+CAREFUL_MAX_S = 20.0  # gunicorn ends a worker 30 s after the lock timeout
 CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
 
 
@@ -81,8 +82,9 @@ class PostgresStore:
         """What SELL says, once that is on every disk: a replay and a sold-out, too.
 
         WAL is written in order: with CONFIRM all is there that went before it. While nobody knows
-        whether it comes through, the sale holds the row's lock until it is there itself. So those
-        who come next wait and are refused, and not the whole stock is sold without a word.
+        whether it comes through, the sale holds the row's lock until it is there itself, for one
+        more lock timeout if need be. So those who come next are refused meanwhile, and not the
+        whole stock is sold without a word.
         """
         early, repeatable = None if self._careful else "off", idempotency_key is not None
         sale: Statement = (SELL, (idempotency_key, customer_id, early))
@@ -91,7 +93,8 @@ class PostgresStore:
             if early:
                 row, _ = self._ask(deadline, [sale], [(CONFIRM, ())], repeatable=repeatable)
             else:
-                (row,) = self._ask(deadline, [sale], repeatable=repeatable)
+                patience_s = min(self.lock_timeout_s, CAREFUL_MAX_S)
+                (row,) = self._ask(deadline + patience_s, [sale], repeatable=repeatable)
                 if row[0] is None or row[2] is not None:  # nothing was sold that waited itself
                     self._ask(deadline, [(CONFIRM, ())], repeatable=True)
         except db.OutcomeUnknown:
