@@ -60,8 +60,7 @@ class PostgresStore:
         """
         deadline = time.monotonic() + self.lock_timeout_s
         if self._durable_zero:
-            look: Statement = (LOOK, (idempotency_key,))
-            purchase_id, stock, version = self._ask(deadline, [look], repeatable=True)[0]
+            purchase_id, stock, version = self._read((LOOK, (idempotency_key,)))[0]
             if purchase_id is None and stock == 0 and version == self._durable_zero:
                 raise db.SoldOut
             self._durable_zero = ""
@@ -106,19 +105,19 @@ class PostgresStore:
 
     def find(self, customer_id: str, idempotency_key: str) -> db.Purchase | None:
         """What the key has bought already, as `buy` replays it. Raises KeyReused."""
-        deadline = time.monotonic() + self.lock_timeout_s
-        find: Statement = (FIND, (idempotency_key,))
-        row, _ = self._ask(deadline, [find], [(CONFIRM, ())], repeatable=True)
-        purchase_id, remaining_stock, owner = row
-        if owner not in (None, customer_id):
+        purchase_id, remaining_stock, owner = self._read((FIND, (idempotency_key,)))[0]
+        if owner is None:
+            return None
+        self._ask(time.monotonic() + self.lock_timeout_s, [(CONFIRM, ())], repeatable=True)
+        if owner != customer_id:
             raise db.KeyReused
-        return None if owner is None else db.Purchase(purchase_id, remaining_stock, replayed=True)
+        return db.Purchase(purchase_id, remaining_stock, replayed=True)
 
     def inventory(self) -> db.Inventory:
-        return db.Inventory(*self._read(FIND_INVENTORY)[0])
+        return db.Inventory(*self._read((FIND_INVENTORY, ()))[0])
 
     def audit(self) -> db.Audit:
-        return db.Audit(*self._read(COUNT_PURCHASES)[0])
+        return db.Audit(*self._read((COUNT_PURCHASES, ()))[0])
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
@@ -127,8 +126,8 @@ class PostgresStore:
 
     def check(self) -> None:
         """Go the whole way of a sale without selling: a standby can still be read. Raises Busy."""
-        _, _, *examined = self._read(TOUCH, CONFIRM, setup.EXAMINE, setup.COMPARE_IDS)
-        for row in examined:
+        steps = (TOUCH, CONFIRM, setup.EXAMINE, setup.COMPARE_IDS)
+        for row in self._read(*((step, ()) for step in steps))[2:]:
             setup.require(row)
 
     def create(self) -> None:
@@ -153,7 +152,7 @@ class PostgresStore:
 
         Without the right pg_read_all_stats only this role's own are seen.
         """
-        return {"oldest_snapshot_seconds": float(self._read(OLDEST_SNAPSHOT)[0][0])}
+        return {"oldest_snapshot_seconds": float(self._read((OLDEST_SNAPSHOT, ()))[0][0])}
 
     def close(self) -> None:
         """Close this process's connections."""
@@ -162,12 +161,11 @@ class PostgresStore:
     def __str__(self) -> str:
         return f"PostgreSQL, {self._connections.place}"
 
-    def _read(self, *statements: str) -> list[Row]:
+    def _read(self, *statements: Statement) -> list[Row]:
         """A row of each, which sells nothing."""
         deadline = time.monotonic() + self.lock_timeout_s
         try:
-            transactions: list[list[Statement]] = [[(text, ())] for text in statements]
-            return self._ask(deadline, *transactions, repeatable=True)
+            return self._ask(deadline, *([one] for one in statements), repeatable=True)
         except db.OutcomeUnknown as error:
             raise db.Unavailable(str(error)) from error
 
@@ -192,10 +190,8 @@ class PostgresStore:
                 return [row_of(outcome) for outcome in outcomes]
             if failure is None:
                 raise db.Unavailable("the inventory table is empty")
-            refusal, again = (
-                _refusal(failure, time.monotonic() - started),
-                isinstance(failure, UNDONE),
-            )
+            refusal = _refusal(failure, time.monotonic() - started)
+            again = isinstance(failure, UNDONE)
             if failure is not outcomes[0]:  # the first, a sale perhaps, is there, on some disk
                 refusal = db.OutcomeUnknown(one_line(failure))
             if isinstance(refusal, db.OutcomeUnknown):
