@@ -30,7 +30,7 @@ def test_the_alerts_say_what_they_should_and_are_quiet_otherwise() -> None:
 
 
 def test_every_metric_of_the_alerts_is_one_of_the_service(client: Any) -> None:
-    told = client.get("/metrics").text
+    told = [client.get("/metrics").text for _ in range(2)][-1]  # the first is counted by then
     only_postgresql = "flash_sale_oldest_snapshot_seconds"
     names = set(re.findall(r"flash_sale_\w+", (RULES / "alerts.yml").read_text()))
     assert len(names) >= 8
