@@ -5,10 +5,16 @@ from types import SimpleNamespace
 from flask import Flask, request
 from flask.typing import ResponseReturnValue
 
-app = Flask(__name__)
-# What gunicorn.conf.py asks of an app: a store to create, and whether to serve metrics elsewhere.
-app.extensions["store"] = SimpleNamespace(create=lambda: None)
-app.config.update(HOST="127.0.0.1", METRICS_PORT=None)
+
+def make_subject(name: str) -> Flask:
+    """An app with what gunicorn.conf.py asks of one: a store to create, no port for metrics."""
+    app = Flask(name)
+    app.extensions["store"] = SimpleNamespace(create=lambda: None)
+    app.config.update(HOST="127.0.0.1", METRICS_PORT=None)
+    return app
+
+
+app = make_subject(__name__)
 
 
 @app.post("/buy_ticket")
