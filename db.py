@@ -289,8 +289,8 @@ class SoldOut(StoreError):
 class Busy(StoreError):
     message = "Server busy - please retry"
 
-    def __init__(self, waited_s: float) -> None:
-        super().__init__(f"no write lock after {waited_s:.3f} s")
+    def __init__(self, waited_s: float, wanted: str = "write lock") -> None:
+        super().__init__(f"no {wanted} after {waited_s:.3f} s")
         self.waited_s = waited_s
 
 

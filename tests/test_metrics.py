@@ -41,7 +41,7 @@ def scrape(port: int) -> Samples:
     return samples(requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
 
 
-def outcome(kind: str) -> str:
+def outcome_counter(kind: str) -> str:
     return f'flash_sale_outcomes_total{{outcome="{kind}"}}'
 
 
@@ -77,7 +77,7 @@ def test_outcomes_requests_and_waits_are_counted(make_app: MakeApp) -> None:
     now = told(client)
     grown = {name: value - before.get(name, 0) for name, value in now.items()}
     kinds = ("sold", "replayed", "key_reused", "sold_out", "busy", "outcome_unknown")
-    assert [grown[outcome(kind)] for kind in kinds] == [1, 1, 1, 2, 0, 0]
+    assert [grown[outcome_counter(kind)] for kind in kinds] == [1, 1, 1, 2, 0, 0]
     assert [grown[requests_of("/buy_ticket", status)] for status in (200, 410, 422)] == [2, 2, 1]
     assert grown[requests_of("other", 404)] == 2
     assert not [name for name in now if "nowhere" in name]
@@ -97,7 +97,7 @@ def test_each_kind_of_trouble_is_counted(
     def fail(*_: Any) -> None:
         raise error
 
-    name = outcome(re.sub("(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower())
+    name = outcome_counter(re.sub("(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower())
     before = told(client)[name]
     monkeypatch.setattr(db.SQLiteStore, "buy", fail)
     buy(client)
@@ -124,7 +124,7 @@ def test_without_its_database_it_says_so_and_tells_the_rest(
     now = samples(answer.text)
     assert (answer.status_code, now["flash_sale_database_up"]) == (200, 0)
     assert "flash_sale_stock" not in now
-    assert now[outcome("sold")] > 0
+    assert now[outcome_counter("sold")] > 0
 
 
 def exporters(service: Service) -> list[int]:
@@ -161,7 +161,7 @@ def test_a_port_of_its_own_tells_the_sums_of_all_workers_dead_or_alive(tmp_path:
         for _ in range(40):
             assert service.buy().status_code == 200
         now = scrape(port)
-        assert (now[outcome("sold")], now["flash_sale_sold"]) == (80, 80)
+        assert (now[outcome_counter("sold")], now["flash_sale_sold"]) == (80, 80)
         assert now[requests_of("/buy_ticket", 200)] == 80
         assert now["flash_sale_lock_wait_seconds_count"] >= 80
         assert requests.get(f"{service.url}/metrics", timeout=9).status_code == 404  # instead
@@ -173,7 +173,7 @@ def test_without_a_port_of_its_own_any_worker_tells_the_sums(tmp_path: Path) -> 
         assert exporters(service) == []
         for _ in range(20):
             assert service.buy().status_code == 200
-        assert scrape(service.port)[outcome("sold")] == 20
+        assert scrape(service.port)[outcome_counter("sold")] == 20
         assert len(folders(service.process.pid)) == 1
     assert folders(service.process.pid) == []
 
@@ -203,7 +203,7 @@ def test_the_process_of_the_metrics_is_replaced_and_is_no_worker(tmp_path: Path)
         wait_until(lambda: exporters(service) not in ([], [first]), 10, "none took its place")
         wait_until(lambda: is_served(port), 10, "no metrics again")
         now = scrape(port)
-        assert (now[outcome("sold")], now["flash_sale_worker_deaths_total"]) == (1, 0)
+        assert (now[outcome_counter("sold")], now["flash_sale_worker_deaths_total"]) == (1, 0)
         assert len(workers(service)) == 2
         assert service.stop(signal.SIGTERM) == 0
     assert not is_served(port)
@@ -240,7 +240,7 @@ def test_an_upgrade_takes_neither_figures_nor_the_port_from_the_old_workers(tmp_
         waits = "the metrics wait until it is free"
         wait_until(lambda: waits in service.log, 20, "the new master has no metrics process")
         wait_until(lambda: service.log.count("Booting worker") == 4, 20, "no new workers")
-        assert scrape(port)[outcome("sold")] == 1
+        assert scrape(port)[outcome_counter("sold")] == 1
         new_master = int(re.findall(r"\[(\d+)\] \[INFO\] Starting gunicorn", service.log)[1])
         old, new = service.process.pid, new_master
         assert [len(folders(old)), len(folders(new))] == [1, 1]
@@ -249,7 +249,7 @@ def test_an_upgrade_takes_neither_figures_nor_the_port_from_the_old_workers(tmp_
         assert [len(folders(old)), len(folders(new))] == [0, 1]
         service.buy()
         now = scrape(port)
-        assert (now[outcome("sold")], now["flash_sale_sold"]) == (1, 2)
+        assert (now[outcome_counter("sold")], now["flash_sale_sold"]) == (1, 2)
         os.kill(new_master, signal.SIGTERM)
         wait_until(lambda: not is_served(port), 20, "the new one stays")
     wait_until(lambda: not folders(new), 10, "a folder stays")
@@ -270,7 +270,7 @@ def test_a_port_that_is_taken_stops_no_sale(tmp_path: Path) -> None:
 
 def test_a_command_leaves_no_folder(tmp_path: Path) -> None:
     environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
-    command = [sys.executable, "-m", "flask", "--app", "app", "audit"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as audit:
-        assert audit.wait(20) == 0
-    assert folders(audit.pid) == []
+    command = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as done:
+        assert done.wait(20) == 0
+    assert folders(done.pid) == []
