@@ -108,15 +108,15 @@ class Shop:
 
     def upgrade(self) -> None:
         """A second master, and then the first one's end."""
-        successors: list[int] = []
         deadline = time.monotonic() + 60
-        while not successors and time.monotonic() < deadline:
+        while not self.successors() and time.monotonic() < deadline:
             os.kill(self.master, signal.SIGUSR2)  # ignored for a second after the last upgrade
             with suppress(TimeoutError):
-                wait_for(lambda: successors.extend(self.successors()) or successors, 3)
-        wait_for(lambda: len(children_of(successors[0])) >= WORKERS, 30)
+                wait_for(self.successors, 3)
+        (successor,) = self.successors()
+        wait_for(lambda: len(children_of(successor)) >= WORKERS, 30)
         self.end_master(signal.SIGTERM)
-        self.master = successors[0]
+        self.master = successor
 
     def successors(self) -> list[int]:
         return [pid for pid in children_of(self.master) if is_master(pid)]
