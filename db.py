@@ -48,7 +48,8 @@ class SQLiteStore:
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
         purchase = self._on_disk(
-            lambda reader: self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there)
+            lambda reader: self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there),
+            idempotency_key,
         )
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
             self.file.checkpoint()
@@ -56,15 +57,21 @@ class SQLiteStore:
 
     def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
         """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
-        return self._on_disk(lambda reader: _find(reader, customer_id, idempotency_key))
+        return self._on_disk(
+            lambda reader: _find(reader, customer_id, idempotency_key), idempotency_key
+        )
 
-    def _on_disk(self, ask: Callable[[WalReader], Bought]) -> Bought:
+    def _on_disk(self, ask: Callable[[WalReader], Bought], idempotency_key: str | None) -> Bought:
         """Whatever a buyer is told is on disk first: the sale, or what its refusal rests on."""
         with self.faults, self.file.reader(to_write=True) as reader:
+            version = reader.refusal and reader.version()  # read before what it is to vouch for
+            if idempotency_key is None and reader.refusal == (SoldOut, version):
+                raise SoldOut  # nothing has changed since it was true
             try:
                 purchase = ask(reader)
-            except (SoldOut, KeyReused):
+            except (SoldOut, KeyReused) as refusal:
                 self.file.confirm(reader)
+                reader.refusal = type(refusal), version
                 raise
             if purchase is not None:
                 self.file.flush(reader)  # a replay too: its seller may have died before the flush
@@ -255,7 +262,7 @@ class StoreErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None:
+        if error is None or isinstance(error, StoreError):
             return
         if isinstance(error, LockTimeoutError):
             raise Busy(error.waited_s) from error
@@ -282,8 +289,8 @@ class SoldOut(StoreError):
 class Busy(StoreError):
     message = "Server busy - please retry"
 
-    def __init__(self, waited_s: float) -> None:
-        super().__init__(f"no write lock after {waited_s:.3f} s")
+    def __init__(self, waited_s: float, wanted: str = "write lock") -> None:
+        super().__init__(f"no {wanted} after {waited_s:.3f} s")
         self.waited_s = waited_s
 
 

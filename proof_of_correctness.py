@@ -27,12 +27,12 @@ try:
     import click
 
     from proof.api import Api, CannotJudge
-    from proof.buyers import Crowd, hold_crowded_sale, hold_sale
+    from proof.buyers import hold_crowded_sale, hold_sale
     from proof.checker import find_violations
     from proof.history import History, Reading
     from proof.limits import require_open_files, stop_once, time_limit
     from proof.options import Options, with_options
-    from proof.orders import KEYED_THREADS, keyed_orders, repeating_rows, single_orders
+    from proof.orders import KEYED_THREADS, Crowd, keyed_orders, repeating_rows, single_orders
     from proof.report import write_files
     from proof.result import (
         FAILED,
@@ -117,8 +117,8 @@ def multiple_processes(setting: Setting) -> Test:
     stock, processes = setting.options.stock, setting.options.processes
     each = max(1, setting.options.buyers // processes)
     crowds = [
-        Crowd(setting.api.url, process, single_orders(each, f"_of_process_{process}"))
-        for process in range(processes)
+        Crowd(setting.api.url, n, single_orders(each, f"_of_process_{n}"), all_ask_first=True)
+        for n in range(processes)
     ]
     title = f"MULTIPLE PROCESSES ({processes} processes, {each} attempts each, {stock} tickets)"
     return title, sales(setting.api, stock, crowds)

@@ -1,9 +1,20 @@
 """The yardstick: a Flask route that only parses the same body and returns as much JSON."""
 
+from types import SimpleNamespace
+
 from flask import Flask, request
 from flask.typing import ResponseReturnValue
 
-app = Flask(__name__)
+
+def make_subject(name: str) -> Flask:
+    """An app with what gunicorn.conf.py asks of one: a store to create, no port for metrics."""
+    app = Flask(name)
+    app.extensions["store"] = SimpleNamespace(create=lambda: None)
+    app.config.update(HOST="127.0.0.1", METRICS_PORT=None)
+    return app
+
+
+app = make_subject(__name__)
 
 
 @app.post("/buy_ticket")

@@ -13,10 +13,11 @@ from typing import Any
 
 import psycopg
 import redis
-from flask import Flask, request
+from flask import request
 from flask.typing import ResponseReturnValue
 from redis.exceptions import LockError
 
+from benchmarks.bare import make_subject
 from benchmarks.select_for_update import Shop, answer
 
 EXPIRY_S = float(os.environ.get("LOCK_EXPIRY_S") or 20)
@@ -25,7 +26,7 @@ POLL_S = 0.005  # of those who wait; redis-py's own 0.1 s leaves the lock idle
 HOLDER = "holder"  # a key that tells which process has the lock
 BUSY = {"success": False, "message": "Server busy - please retry"}, 503, {"Retry-After": "1"}
 
-app = Flask(__name__)
+app = make_subject(__name__)
 
 
 class LockedShop:

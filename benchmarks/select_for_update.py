@@ -9,8 +9,10 @@ import os
 from functools import cache
 
 import psycopg
-from flask import Flask, request
+from flask import request
 from flask.typing import ResponseReturnValue
+
+from benchmarks.bare import make_subject
 
 SETTINGS = "-c lock_timeout=5000 -c statement_timeout=7000 -c jit=off"
 FIND_STOCK = "SELECT stock FROM inventory WHERE item_id = 1"
@@ -57,7 +59,7 @@ def answer(stock: int, purchase_id: int | None) -> ResponseReturnValue:
     }
 
 
-app = Flask(__name__)
+app = make_subject(__name__)
 
 
 @app.post("/buy_ticket")

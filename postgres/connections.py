@@ -164,7 +164,7 @@ class Pool:
                 pass
             finally:
                 self._door.release()
-        raise db.Busy(time.monotonic() - started)
+        raise db.Busy(time.monotonic() - started, "connection of the pool")
 
     def wait_to_connect(self, deadline: float) -> None:
         """No fault makes this process knock on every server without a pause."""

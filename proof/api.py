@@ -3,6 +3,7 @@
 import http.client
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -45,30 +46,37 @@ def connection_to(url: str) -> http.client.HTTPConnection:
     return kind(parts.netloc, timeout=REQUEST_TIMEOUT_S)
 
 
+class Prepared(NamedTuple):
+    """A request of which all is made that can be made before its moment."""
+
+    body: bytes = b""
+    sent: Callable[[], object] = bool  # called before the answer is read
+
+
 def exchange(connection: http.client.HTTPConnection, method: str, url: str) -> Answer:
     connection.putrequest(method, urlsplit(url).path)
-    return complete(connection, b"")
+    return complete(connection, Prepared())
 
 
 def prepare_purchase(
     connection: http.client.HTTPConnection, url: str, customer: str, key: str | None
-) -> bytes:
-    """What of a request can be made before its moment. Returns the body that is to be sent."""
+) -> Prepared:
     body = json.dumps({"customer_id": customer}).encode()
     connection.putrequest("POST", urlsplit(url).path + "/buy_ticket")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(len(body)))
     if key:
         connection.putheader("Idempotency-Key", key)
-    return body
+    return Prepared(body)
 
 
-def complete(connection: http.client.HTTPConnection, body: bytes) -> Answer:
+def complete(connection: http.client.HTTPConnection, request: Prepared) -> Answer:
     """Sends a request and reads its answer. The connection stays open, if the server keeps it."""
     status, text, wait = LOST, "", ""
     start = time.monotonic()
     try:
-        connection.endheaders(body)
+        connection.endheaders(request.body)
+        request.sent()
         response = connection.getresponse()
         text = response.read().decode(errors="replace")
         status, wait = response.status, response.getheader("Retry-After", "")
@@ -134,8 +142,8 @@ class Api(NamedTuple):
         deadline = time.monotonic() + CALL_TIMEOUT_S
         with closing(connection_to(self.url)) as connection:
             while True:
-                body = prepare_purchase(connection, self.url, "customer_0", None)
-                answer = complete(connection, body)
+                request = prepare_purchase(connection, self.url, "customer_0", None)
+                answer = complete(connection, request)
                 if answer.status != BUSY or time.monotonic() > deadline:
                     return answer
                 connection.close()

@@ -8,54 +8,47 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from itertools import count
-from typing import Any, NamedTuple
+from math import inf
+from typing import Any
 
 from proof.api import (
     TOO_LATE,
     Api,
     CannotJudge,
+    Prepared,
     complete,
     connection_to,
     prepare_purchase,
     whole_number,
 )
 from proof.checker import find_violations
-from proof.history import BUSY, LIMITED, LOST, Attempt, History, Reading
+from proof.history import BUSY, LOST, Attempt, History, Reading
 from proof.limits import Job
-from proof.orders import Order
-from proof.result import crowd_of
+from proof.orders import Crowd, Order
+from proof.result import crowd_of, unserved
 
 SALE_TIMEOUT_S = 40  # afterwards no buyer asks again
-BARRIER_TIMEOUT_S = 60
+BARRIER_TIMEOUT_S, ALL_ASKED_TIMEOUT_S = 60, 5
 HEAD_START_S = 0.2  # from the barrier to the moment at which all buy: its threads have woken
 RETRY_JITTER = 0.5  # of the time to wait, or those refused together come together again
 READERS, READING_PAUSE_S, FINAL_READINGS = 2, 0.003, 8
-CROWD_TRIES = 3
 BUYERS_MAX, PROCESSES_MAX = 5_000, 32
 
 
-class Crowd(NamedTuple):
-    """The buyers of one process: a thread for each row of orders, sent one after the other."""
-
-    url: str
-    process: int
-    rows: Sequence[Sequence[Order]]
-    progress_every: int = 0
-
-
 def hold_crowded_sale(api: Api, stock: int, crowds: Sequence[Crowd]) -> History:
-    """Held again where too few were in flight at once: the server is fast, or the machine busy."""
-    for _ in range(CROWD_TRIES - 1):
-        history = hold_sale(api, stock, crowds)
-        flying, needed = crowd_of(history)
-        if flying >= needed or history.unjudged or find_violations([history]):
-            return history
-        print(f"Only {flying} were in flight at once, and {needed:.0f} are needed: once more")
-    return hold_sale(api, stock, crowds)
+    """Held again where too few were in flight at once: the server is fast, or the machine busy.
+
+    Then nobody reads an answer before all have asked, which makes the crowd, and longer times.
+    """
+    history = hold_sale(api, stock, crowds)
+    flying, needed = crowd_of(history)
+    if flying >= needed or history.unjudged or find_violations([history]):
+        return history
+    print(f"Only {flying} were in flight at once, and {needed:.0f} are needed: once more")
+    return hold_sale(api, stock, [crowd._replace(all_ask_first=True) for crowd in crowds])
 
 
 def hold_sale(
@@ -76,6 +69,8 @@ def hold_sale(
     print(f"Inventory reset to {stock} units")
     time.sleep(api.cache_age_s)
     print(f"Launching {len(orders)} concurrent purchase attempts...", flush=True)
+    if any(crowd.all_ask_first for crowds in waves for crowd in crowds):
+        print("Nobody reads an answer before all have asked")
     over, first_over = threading.Event(), threading.Event()
     readers = [Job(read_until, over, api, history.readings) for _ in range(READERS)]
     beside = [Job(meanwhile, first_over, history.readings)] if meanwhile else []
@@ -114,24 +109,6 @@ def read_until(over: threading.Event, api: Api, readings: list[Reading]) -> None
             readings.extend(api.read_stock(connection))
 
 
-def unserved(orders: int, attempts: Sequence[Attempt]) -> str:
-    """Why a sale can't be proven: buyers who were never told 200, 410 or 422."""
-    limited = sum(a.status == LIMITED for a in attempts)
-    if limited:
-        told = f"{limited} of {len(attempts)} purchases were answered 429"
-        return f"{told}: lift the rate limit for this address"
-    missing = orders - sum(a.status not in (BUSY, LOST) for a in attempts)
-    if missing <= 0:
-        return ""
-    notes = Counter(
-        "503 to the last" if a.status == BUSY else a.note
-        for a in attempts
-        if a.status in (BUSY, LOST)
-    )
-    causes = ", ".join(note for note, _ in notes.most_common(3))
-    return f"{missing} of {orders} orders were not served ({causes})"
-
-
 def run_crowds(crowds: Sequence[Crowd]) -> list[Attempt]:
     """One crowd in this process; several in a process each, started as Windows can, too."""
     try:
@@ -156,45 +133,64 @@ def join_barrier(barrier: Any) -> None:
 
 
 def run_crowd(crowd: Crowd) -> list[Attempt]:
-    """All connect, wait for one another, and buy at one common moment."""
-    moment: list[float] = []
-    served = count(1)
-    given_up = threading.Event()
+    return Rush(crowd).run()
 
-    def name_moment() -> None:
+
+class Rush:
+    """All connect, wait for one another, and buy at one common moment."""
+
+    def __init__(self, crowd: Crowd) -> None:
+        self.crowd = crowd
+        self.moment = inf  # on time.monotonic()
+        self.gate = threading.Barrier(len(crowd.rows), self.name_moment)
+        self.all_asked = threading.Barrier(len(crowd.rows))
+        self.served = count(1)
+        self.given_up = threading.Event()
+
+    def run(self) -> list[Attempt]:
+        try:
+            jobs = [Job(self.buy_row, thread) for thread in range(len(self.crowd.rows))]
+        except RuntimeError:  # a thread too many
+            self.gate.abort()
+            raise
+        try:
+            return [attempt for job in jobs for attempt in job.result()]
+        finally:  # nobody asks again, or writes a line, after an interruption
+            self.given_up.set()
+
+    def name_moment(self) -> None:
         if barrier_of_processes:
             barrier_of_processes.wait(BARRIER_TIMEOUT_S)
-        moment.append(time.monotonic() + HEAD_START_S)
+        self.moment = time.monotonic() + HEAD_START_S
 
-    def buy_row(thread: int) -> list[Attempt]:
+    def buy_row(self, thread: int) -> list[Attempt]:
         attempts: list[Attempt] = []
-        with closing(connection_to(crowd.url)) as connection:
+        row = self.crowd.rows[thread]
+        with closing(connection_to(self.crowd.url)) as connection:
             with suppress(OSError):  # then it connects when it buys
                 connection.connect()
-            body = prepare_purchase(connection, crowd.url, *crowd.rows[thread][0])
-            gate.wait(BARRIER_TIMEOUT_S)
-            time.sleep(max(0, moment[0] - time.monotonic()))
-            for order in crowd.rows[thread]:
-                deadline = moment[0] + SALE_TIMEOUT_S
-                attempts += insist(crowd, thread, order, connection, deadline, body)
-                body = b""
-                if given_up.is_set():
+            request: Prepared | None = prepare_purchase(connection, self.crowd.url, *row[0])
+            if self.crowd.all_ask_first and request:
+                request = request._replace(sent=self.wait_for_all)
+            self.gate.wait(BARRIER_TIMEOUT_S)
+            time.sleep(max(0, self.moment - time.monotonic()))
+            deadline = self.moment + SALE_TIMEOUT_S
+            for order in row:
+                attempts += insist(self.crowd, thread, order, connection, deadline, request)
+                request = None
+                if self.given_up.is_set():
                     break
-                if crowd.progress_every and (done := next(served)) % crowd.progress_every == 0:
-                    print(f"Progress: {done}/{len(crowd.rows)}\n", end="", flush=True)
+                self.show_progress()
         return attempts
 
-    gate = threading.Barrier(len(crowd.rows), name_moment)
-    jobs: list[Job] = []
-    try:
-        jobs.extend(Job(buy_row, thread) for thread in range(len(crowd.rows)))
-    except RuntimeError:  # a thread too many
-        gate.abort()
-        raise
-    try:
-        return [attempt for job in jobs for attempt in job.result()]
-    finally:  # nobody asks again, or writes a line, after an interruption
-        given_up.set()
+    def wait_for_all(self) -> None:
+        with suppress(threading.BrokenBarrierError):  # somebody could not ask
+            self.all_asked.wait(ALL_ASKED_TIMEOUT_S)
+
+    def show_progress(self) -> None:
+        every, done = self.crowd.progress_every, next(self.served)
+        if every and done % every == 0:
+            print(f"Progress: {done}/{len(self.crowd.rows)}\n", end="", flush=True)
 
 
 def insist(
@@ -203,7 +199,7 @@ def insist(
     order: Order,
     connection: http.client.HTTPConnection,
     deadline: float,
-    body: bytes,
+    request: Prepared | None,
 ) -> list[Attempt]:
     """Sends an order; again after a 503, and with a key also after a connection was lost.
 
@@ -211,8 +207,8 @@ def insist(
     """
     attempts: list[Attempt] = []
     while time.monotonic() < deadline:
-        attempt, wait_s = buy(crowd, thread, order, connection, body)
-        body = b""
+        attempt, wait_s = buy(crowd, thread, order, connection, request)
+        request = None
         attempts.append(attempt)
         lost = attempt.status == LOST and order[1] is not None and attempt.note != TOO_LATE
         if not lost and attempt.status != BUSY:
@@ -229,12 +225,12 @@ def buy(
     thread: int,
     order: Order,
     connection: http.client.HTTPConnection,
-    body: bytes = b"",
+    request: Prepared | None = None,
 ) -> tuple[Attempt, float]:
-    """One attempt, and the seconds to wait before another. A body: the request is prepared."""
+    """One attempt, and the seconds to wait before another."""
     customer, key = order
-    body = body or prepare_purchase(connection, crowd.url, customer, key)
-    answer = complete(connection, body)
+    request = request or prepare_purchase(connection, crowd.url, customer, key)
+    answer = complete(connection, request)
     left = whole_number(answer.body.get("remaining_stock"))
     number = whole_number(answer.body.get("purchase_id"))
     when = answer.start, answer.end

@@ -1,11 +1,23 @@
 """Orders: which customer buys with which key, in which thread. One seed gives one plan."""
 
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 Order = tuple[str, str | None]  # customer, idempotency key
 SHARED_NAME_EVERY = 10  # a tenth of the buyers has one name: each of them buys all the same
 KEYED_THREADS = 32
 STRANGERS_SHARE = 0.1  # of the orders with a key are followed by another customer with that key
+
+
+class Crowd(NamedTuple):
+    """The buyers of one process: a thread for each row of orders, sent one after the other."""
+
+    url: str
+    process: int
+    rows: Sequence[Sequence[Order]]
+    progress_every: int = 0
+    all_ask_first: bool = False  # before one of them reads an answer
 
 
 def single_orders(buyers: int, suffix: str = "") -> list[list[Order]]:

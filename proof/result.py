@@ -174,6 +174,24 @@ def times_of(attempts: Sequence[Attempt]) -> dict[str, float]:
     }
 
 
+def unserved(orders: int, attempts: Sequence[Attempt]) -> str:
+    """Why a sale can't be proven: buyers who were never told 200, 410 or 422."""
+    limited = sum(a.status == LIMITED for a in attempts)
+    if limited:
+        told = f"{limited} of {len(attempts)} purchases were answered 429"
+        return f"{told}: lift the rate limit for this address"
+    missing = orders - sum(a.status not in (BUSY, LOST) for a in attempts)
+    if missing <= 0:
+        return ""
+    notes = Counter(
+        "503 to the last" if a.status == BUSY else a.note
+        for a in attempts
+        if a.status in (BUSY, LOST)
+    )
+    causes = ", ".join(note for note, _ in notes.most_common(3))
+    return f"{missing} of {orders} orders were not served ({causes})"
+
+
 def crowd_of(history: History) -> tuple[int, float]:
     """How many were in flight at once, and how many have to be."""
     return in_flight_max(history.attempts), IN_FLIGHT_SHARE * history.buyers

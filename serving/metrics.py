@@ -88,7 +88,7 @@ def own_folder() -> Path:
     Each file is small, and the kernel gives its pages only as they are written.
     """
     parent = FOLDER_PARENT if os.access(FOLDER_PARENT, os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix="flash-sale-metrics-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"flash-sale-metrics-{os.getpid()}-", dir=parent))
     os.environ[FOLDER_VARIABLE] = str(folder)
     return folder
 

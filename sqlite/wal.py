@@ -64,7 +64,8 @@ class WalReader:
         self.idle = idle
         self.file_id = file_id(database.path)
         self.next_check = time.monotonic() + REPLACED_CHECK_S
-        self.flushed_version: tuple[int] | None = None
+        self.flushed_version: object = None
+        self.refusal: object = None  # the caller's: what it refused last, and at which version
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens WAL and shm
         self.wal_path, self.shm_path = f"{database.path}-wal", f"{database.path}-shm"
         self.wal = os.open(self.wal_path, os.O_RDONLY)
@@ -78,6 +79,10 @@ class WalReader:
             self.close()  # it may be what is broken: the next call opens another
         else:
             self.idle.append(self)
+
+    def version(self) -> object:
+        """Differs once anybody has changed the database since it was read last."""
+        return self.connection.execute("PRAGMA data_version").fetchone()
 
     def is_current(self) -> bool:
         """False if the database file was replaced; looked at once in REPLACED_CHECK_S."""
@@ -219,7 +224,7 @@ class WalDatabase:
 
     def confirm(self, reader: WalReader) -> None:
         """Put what `reader` has read on disk, once after each change. Raises OSError."""
-        version = reader.connection.execute("PRAGMA data_version").fetchone()
+        version = reader.version()
         if version == reader.flushed_version:
             return
         reader.require_same_files()

@@ -25,9 +25,10 @@ from postgres_cluster import PASSWORD
 from service import PROJECT, Service, need, wait_until
 
 from proof.api import RETRY_SLEEP_S, Api, CannotJudge, connection_to
-from proof.buyers import Crowd, buy
+from proof.buyers import buy
 from proof.checker import check
 from proof.history import BUSY, LOST, SOLD, SOLD_OUT, Attempt, Audit, Reading
+from proof.orders import Crowd
 
 SUBNET = "10.213.7"  # inside the namespaces only: there is no way out of them
 SWITCH = "switch"

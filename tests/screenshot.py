@@ -16,7 +16,7 @@ from service import PROJECT, Service
 
 PICTURE = PROJECT / "serving" / "sale.png"
 SECONDS, STOCK = 8, 500
-SIZES = {"light": (760, 640, "light"), "dark": (760, 640, "dark"), "phone": (390, 760, "light")}
+SIZES = {"light": (760, 480, "light"), "dark": (760, 480, "dark"), "phone": (390, 760, "light")}
 
 
 def sell(service: Service, units: int, seconds: float) -> None:

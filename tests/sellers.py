@@ -373,7 +373,7 @@ class ConsistentWhateverHappens(Seller):
 class WrongInACrowd(Queueing):
     """When more than 150 wait it sells without a look at the stock."""
 
-    word, says, tests = 1, "oversold", "2"
+    word, says, tests = 1, "oversold", "2-3"
     service_s = 0.003
 
     def sold_out(self) -> Answer:

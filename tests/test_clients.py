@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -165,3 +166,21 @@ def test_a_client_generated_from_the_description_buys(service: Service, tmp_path
         "422 Refusal This Idempotency-Key belongs to another customer's purchase - send a new key",
     ]
     assert records(service) == 1
+
+
+def test_one_per_customer_is_a_key_that_the_shop_sets_to_the_customer(service: Service) -> None:
+    """The shop's own server knows who has signed in; the service needs no rule of its own."""
+
+    def buy(customer_id: str) -> requests.Response:
+        return service.buy(customer_id, f"customer-{customer_id}")
+
+    with ThreadPoolExecutor(8) as crowd:
+        answers = list(crowd.map(buy, ["alice"] * 8))
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    tickets = {answer.json()["purchase_id"] for answer in answers if answer.status_code == 200}
+    assert len(tickets) == 1
+    assert buy("bob").json()["purchase_id"] not in tickets
+    for name in ("carol", "dan", "eve"):
+        assert buy(name).status_code == 200
+    assert (buy("frank").status_code, buy("alice").json()["purchase_id"]) == (410, *tickets)
+    assert records(service) == 5

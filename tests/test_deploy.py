@@ -64,6 +64,8 @@ class Machine:
             "var/lib/flash-sale",
         ):
             (root / name).mkdir(parents=True)
+        (root / "var/log").mkdir()
+        (root / "var/log/nginx").symlink_to(root)  # where `render` puts them
         self.background: list[subprocess.Popen[bytes]] = []
         self.listener: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -138,16 +140,29 @@ class Machine:
             self.listener = socket.create_server((host, int(port)), backlog=int(place["Backlog"]))
         lines = Path(service["EnvironmentFile"]).read_text().splitlines()
         variables = dict(line.split("=", 1) for line in lines)
-        number = self.listener.fileno()
-        self.process = subprocess.Popen(
-            ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *service["ExecStart"].split()],
-            cwd=service["WorkingDirectory"],
-            env={"PATH": os.environ["PATH"], "LISTEN_FDS": "1", **variables},
-            stdout=subprocess.DEVNULL,
-            stderr=(self.root / "service.log").open("ab"),
-            pass_fds=(3,),
-            preexec_fn=lambda: os.dup2(number, 3) and None,
-        )
+        number, ready = self.listener.fileno(), f"flash-sale-{self.port}"
+        assert service["Type"] == "notify"
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
+            (self.root / "service.log").open("ab") as log,
+        ):
+            notified.bind(f"\0{ready}")
+            notified.settimeout(30)
+            self.process = subprocess.Popen(
+                ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *service["ExecStart"].split()],
+                cwd=service["WorkingDirectory"],
+                env={
+                    "PATH": os.environ["PATH"],
+                    "LISTEN_FDS": "1",
+                    "NOTIFY_SOCKET": f"@{ready}",
+                    **variables,
+                },
+                stdout=log,
+                stderr=log,
+                pass_fds=(3,),
+                preexec_fn=lambda: os.dup2(number, 3) and None,
+            )
+            assert b"READY=1" in notified.recv(4096)
 
     def stop(self) -> None:
         assert self.process
@@ -182,13 +197,13 @@ def test_the_operators_friday_from_an_empty_machine_to_the_end(machine: Machine)
             sold_before_backup = len(ids)
         if "litestream restore" in command:
             ids = [ask(machine.port, buy(f"later-{n}")).json["purchase_id"] for n in range(20)]
-            database = machine.root / "var/backups/flash-sale/restored.db"
-            restored = partial(restores, machine, command, database, 25)
-            wait_until(restored, 30, "not restored")
+            wait_until(partial(restores, machine, command, 25), 30, "not restored")
             continue
         printed[command] = machine.run(command)
-    output = {name: next(out for command, out in printed.items() if name in command)
-              for name in ("crowd.py", "/inventory", "/health", "/metrics", "-csv", "/audit")}  # fmt: skip
+    told = ("crowd.py", "/inventory", "/health", "/metrics", "-csv", "/audit")
+    output = {
+        name: next(printed[command] for command in printed if name in command) for name in told
+    }
     assert "proven: True" in output["crowd.py"]
     opened = json.loads(output["/inventory"])
     assert (opened["item_name"], opened["current_stock"]) == ("Concert Ticket", 5000)
@@ -203,7 +218,8 @@ def test_the_operators_friday_from_an_empty_machine_to_the_end(machine: Machine)
     assert machine.process is None
 
 
-def restores(machine: Machine, command: str, database: Path, wanted: int) -> bool:
+def restores(machine: Machine, command: str, wanted: int) -> bool:
+    database = machine.root / "var/backups/flash-sale/restored.db"
     database.unlink(missing_ok=True)
     done = subprocess.run(
         shlex.split(machine.here(command)), capture_output=True, timeout=60, check=False

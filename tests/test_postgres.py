@@ -178,6 +178,7 @@ def test_a_pool_that_gives_no_connection_in_time_is_busy(
         wait_for(admin, WAITING, 1)
         busy, waited_s = timed(lambda: store.buy("bob"))
     assert isinstance(busy, db.Busy)
+    assert re.fullmatch(r"no connection of the pool after 0\.\d+ s", str(busy))  # not the lock
     assert 0.2 <= waited_s < 3
     assert outcome(first).remaining_stock == 4
     assert store.audit() == (5, 4, 1)

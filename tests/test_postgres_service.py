@@ -14,7 +14,16 @@ import pytest
 import requests
 from postgres_cluster import PASSWORD, Cluster, reason_to_skip
 from postgres_proxy import Proxy
-from service import PROJECT, Service, purchase_request, run_to_end, send_at_once
+from service import (
+    PROJECT,
+    Service,
+    free_port,
+    purchase_request,
+    run_to_end,
+    send_at_once,
+)
+from service import wait_until as wait_for
+from test_metrics import is_served, outcome_counter, scrape
 
 import app as service_app
 import db
@@ -108,10 +117,10 @@ def test_the_proof_deletes_no_purchase_unless_it_is_told_to(
     store.close()
 
 
-def store_with_a_purchase(url: str) -> Any:
+def store_with_a_purchase(url: str, key: str | None = None) -> Any:
     store = service_app.open_store(url, "Concert", 5, 5.0)
     store.create()
-    store.buy("alice")
+    store.buy("alice", key)
     return store
 
 
@@ -349,3 +358,39 @@ def test_a_move_in_doubt_leaves_nobody_who_sells(
 def run_move(file: Path, url: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "postgres.move_from_sqlite", str(file), url]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_metrics_tell_when_the_server_is_away_and_when_it_is_back(
+    cluster: Cluster, url: str, tmp_path: Path
+) -> None:
+    name = url.rpartition("/")[2].partition("?")[0]
+    port = free_port()
+    with Service(tmp_path, DATABASE_URL=url, METRICS_PORT=str(port)) as service:
+        wait_for(lambda: is_served(port), 10, "no metrics")
+        service.buy()
+        now = scrape(port)
+        assert (now["flash_sale_database_up"], now["flash_sale_sold"]) == (1, 1)
+        assert now["flash_sale_lock_wait_seconds_count"] == 1
+        assert now["flash_sale_oldest_snapshot_seconds"] >= 0
+        cluster.sql(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        cluster.sql(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname='{name}'"
+        )
+        started = time.monotonic()
+        now = scrape(port)
+        assert time.monotonic() - started < 5
+        assert (now["flash_sale_database_up"], "flash_sale_sold" in now) == (0, False)
+        assert now[outcome_counter("sold")] == 1
+        cluster.sql(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        wait_for(lambda: scrape(port)["flash_sale_database_up"], 10, "it never came back")
+
+
+def test_before_the_opening_only_a_stored_key_is_answered(url: str, tmp_path: Path) -> None:
+    store = store_with_a_purchase(url, "key-1")
+    store.close()
+    opens_at = "2999-12-01T20:00:00+01:00"
+    with Service(tmp_path, DATABASE_URL=url, SALE_STARTS_AT=opens_at) as service:
+        assert [service.buy("alice", key).status_code for key in ("key-1", "new")] == [200, 403]
+        assert service.get("/inventory")["opens_at"] == opens_at
+        assert service.get("/health")["status"] == "ok"
+        assert service.get("/audit")["purchase_records"] == 1

@@ -12,10 +12,10 @@ from postgres_proxy import Proxy
 from service import wait_until
 
 from proof import api
-from proof.buyers import Crowd, hold_sale
+from proof.buyers import hold_sale
 from proof.checker import find_violations
 from proof.history import BUSY, SOLD, SOLD_OUT
-from proof.orders import single_orders
+from proof.orders import Crowd, single_orders
 from proof.result import equalities
 
 if SKIPPED := reason_to_skip():

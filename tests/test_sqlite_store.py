@@ -173,6 +173,29 @@ def test_a_purchase_waits_for_a_lock_that_is_freed_in_time(
     assert sold[0].remaining_stock == 4
 
 
+def test_a_restock_in_the_middle_of_a_refusal_is_not_forgotten(
+    open_store: OpenStore, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal was true when it was looked up; what came since must not count as looked at."""
+    store = open_store(stock=1)
+    store.buy("alice")
+    with pytest.raises(db.SoldOut):
+        store.buy("bob")
+    find = db._find
+
+    def find_and_restock(*arguments: Any) -> Any:
+        try:
+            return find(*arguments)
+        finally:
+            execute(database, "UPDATE inventory SET stock = stock + 1, initial_stock = 2")
+
+    with monkeypatch.context() as during:
+        during.setattr(db, "_find", find_and_restock)
+        with pytest.raises(db.SoldOut):
+            store.buy("bob")
+    assert store.buy("bob").remaining_stock == 0
+
+
 def test_nothing_but_busy_is_tried_again(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from service import PROJECT
 
 import app as service_app
 import db
 from serving import metrics
 
 OpenStore = Callable[..., Any]
+DEPLOY = PROJECT / "deploy" / "README.md"
 
 
 def sell_out(store: Any) -> None:
@@ -276,10 +278,9 @@ def test_a_monitor_is_told_of_the_database_by_names_that_it_knows(open_store: Op
 
 def restock(units: int) -> str:
     """What deploy/README.md tells an operator to run; a refund is a restock of one unit."""
-    return (
-        f"UPDATE inventory SET stock = stock + {units}, initial_stock = initial_stock + {units},"
-        " last_updated = CURRENT_TIMESTAMP WHERE item_id = 1"
-    )
+    told = re.search(r"UPDATE inventory SET stock = stock \+ 1,[^\"]*", DEPLOY.read_text())
+    assert told is not None
+    return told[0].replace("+ 1", f"+ {units}")
 
 
 def test_a_restock_during_a_sale_is_sold_too_and_everything_adds_up(

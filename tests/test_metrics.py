@@ -1,0 +1,276 @@
+"""What Prometheus is told: all workers together, whatever became of them, also on METRICS_PORT."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from flask import Flask
+from flask.testing import FlaskClient
+from service import Service, free_port, wait_until
+from test_signals import UPGRADABLE
+from test_sqlite_store import write_lock
+
+import db
+from serving import exporter, metrics
+from sqlite.wal import FLUSH_FAILED
+
+MakeApp = Callable[..., Flask]
+SCRAPE_LIMIT_S = 0.5
+Samples = dict[str, float]
+
+
+def samples(text: str) -> Samples:
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def told(client: FlaskClient) -> Samples:
+    return samples(client.get("/metrics").text)
+
+
+def scrape(port: int) -> Samples:
+    return samples(requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
+
+
+def outcome_counter(kind: str) -> str:
+    return f'flash_sale_outcomes_total{{outcome="{kind}"}}'
+
+
+def requests_of(route: str, status: int) -> str:
+    labels = f'route="{route}",status="{status}"'
+    return f"flash_sale_request_duration_seconds_count{{{labels}}}"
+
+
+def buy(client: FlaskClient, key: str = "", customer_id: str = "alice") -> int:
+    headers = {"Idempotency-Key": key} if key else {}
+    body = {"customer_id": customer_id}
+    return client.post("/buy_ticket", json=body, headers=headers).status_code
+
+
+def test_the_sale_is_told_as_the_database_knows_it(client: FlaskClient) -> None:
+    buy(client)
+    answer = client.get("/metrics")
+    assert answer.content_type == "text/plain; version=1.0.0; charset=utf-8"
+    now = samples(answer.text)
+    names = ("database_up", "stock", "sold", "initial_stock", "flush_failed")
+    assert [now[f"flash_sale_{name}"] for name in names] == [1, 4, 1, 5, 0]
+    assert now["flash_sale_wal_bytes"] > 0
+    assert answer.text.endswith("\n")
+
+
+def test_outcomes_requests_and_waits_are_counted(make_app: MakeApp) -> None:
+    client = make_app(INITIAL_STOCK=1).test_client()
+    before = told(client)
+    assert [buy(client, "k"), buy(client, "k"), buy(client, "k", "bob")] == [200, 200, 422]
+    assert [buy(client), buy(client, "other")] == [410, 410]
+    client.get("/nowhere")
+    client.get("/elsewhere")
+    now = told(client)
+    grown = {name: value - before.get(name, 0) for name, value in now.items()}
+    kinds = ("sold", "replayed", "key_reused", "sold_out", "busy", "outcome_unknown")
+    assert [grown[outcome_counter(kind)] for kind in kinds] == [1, 1, 1, 2, 0, 0]
+    assert [grown[requests_of("/buy_ticket", status)] for status in (200, 410, 422)] == [2, 2, 1]
+    assert grown[requests_of("other", 404)] == 2
+    assert not [name for name in now if "nowhere" in name]
+    assert grown["flash_sale_lock_wait_seconds_count"] == 1
+    slowest = (
+        'flash_sale_request_duration_seconds_bucket{le="+Inf",route="/buy_ticket",status="200"}'
+    )
+    assert grown[slowest] == 2
+
+
+@pytest.mark.parametrize(
+    "error", [db.Busy(1), db.Unavailable("x"), db.OutcomeUnknown("x"), db.BuyerGone()]
+)
+def test_each_kind_of_trouble_is_counted(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, error: db.StoreError
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    name = outcome_counter(re.sub("(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower())
+    before = told(client)[name]
+    monkeypatch.setattr(db.SQLiteStore, "buy", fail)
+    buy(client)
+    assert told(client)[name] == before + 1
+
+
+def test_a_checkpoint_and_a_failed_flush_are_told(client: FlaskClient) -> None:
+    before = told(client)
+    client.post("/reset")
+    assert (
+        told(client)["flash_sale_checkpoints_total"] == before["flash_sale_checkpoints_total"] + 1
+    )
+    client.application.extensions["store"].file.stop(FLUSH_FAILED)
+    assert told(client)["flash_sale_flush_failed"] == 1
+
+
+def test_without_its_database_it_says_so_and_tells_the_rest(
+    client: FlaskClient, database: Path
+) -> None:
+    buy(client)
+    client.application.extensions["store"].close()
+    database.rename(f"{database}.hidden")
+    answer = client.get("/metrics")
+    now = samples(answer.text)
+    assert (answer.status_code, now["flash_sale_database_up"]) == (200, 0)
+    assert "flash_sale_stock" not in now
+    assert now[outcome_counter("sold")] > 0
+
+
+def exporters(service: Service) -> list[int]:
+    def name(pid: int) -> str:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+
+    return [pid for pid in service.workers() if name(pid) == exporter.NAME]
+
+
+def workers(service: Service) -> list[int]:
+    return [pid for pid in service.workers() if pid not in exporters(service)]
+
+
+def folders(*masters: int) -> list[Path]:
+    names = [f"flash-sale-metrics-{master}-*" for master in masters]
+    return [folder for name in names for folder in metrics.FOLDER_PARENT.glob(name)]
+
+
+def is_served(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_port_of_its_own_tells_the_sums_of_all_workers_dead_or_alive(tmp_path: Path) -> None:
+    port = free_port()
+    with Service(tmp_path, METRICS_PORT=str(port), INITIAL_STOCK="200") as service:
+        wait_until(lambda: len(workers(service)) == 4, 10, "not four workers")
+        wait_until(lambda: is_served(port), 10, "no metrics")
+        for _ in range(40):
+            assert service.buy().status_code == 200
+        for victim in workers(service)[:2]:
+            os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: scrape(port)["flash_sale_worker_deaths_total"] == 2, 10, "no death")
+        for _ in range(40):
+            assert service.buy().status_code == 200
+        now = scrape(port)
+        assert (now[outcome_counter("sold")], now["flash_sale_sold"]) == (80, 80)
+        assert now[requests_of("/buy_ticket", 200)] == 80
+        assert now["flash_sale_lock_wait_seconds_count"] >= 80
+        assert requests.get(f"{service.url}/metrics", timeout=9).status_code == 404  # instead
+        assert service.get("/")["endpoints"]["GET /metrics"].endswith("where that is set")
+
+
+def test_without_a_port_of_its_own_any_worker_tells_the_sums(tmp_path: Path) -> None:
+    with Service(tmp_path, sys.executable, "app.py") as service:
+        assert exporters(service) == []
+        for _ in range(20):
+            assert service.buy().status_code == 200
+        assert scrape(service.port)[outcome_counter("sold")] == 20
+        assert len(folders(service.process.pid)) == 1
+    assert folders(service.process.pid) == []
+
+
+def test_no_scrape_waits_behind_buyers(tmp_path: Path) -> None:
+    port = free_port()
+    with Service(tmp_path, METRICS_PORT=str(port), WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: is_served(port), 10, "no metrics")
+        with write_lock(tmp_path / "inventory.db"):
+            waiting = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(50)]
+            for buyer in waiting:
+                buyer.sendall(b"POST /buy_ticket HTTP/1.0\r\n\r\n")
+            started = time.monotonic()
+            assert scrape(port)["flash_sale_stock"] == 100
+            assert time.monotonic() - started < SCRAPE_LIMIT_S
+        for buyer in waiting:
+            buyer.close()
+
+
+def test_the_process_of_the_metrics_is_replaced_and_is_no_worker(tmp_path: Path) -> None:
+    port = free_port()
+    with Service(tmp_path, METRICS_PORT=str(port), WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: is_served(port), 10, "no metrics")
+        service.buy()
+        (first,) = exporters(service)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: exporters(service) not in ([], [first]), 10, "none took its place")
+        wait_until(lambda: is_served(port), 10, "no metrics again")
+        now = scrape(port)
+        assert (now[outcome_counter("sold")], now["flash_sale_worker_deaths_total"]) == (1, 0)
+        assert len(workers(service)) == 2
+        assert service.stop(signal.SIGTERM) == 0
+    assert not is_served(port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_it_ends_with_the_service_whatever_ends_that(tmp_path: Path, number: int) -> None:
+    port = free_port()
+    with Service(tmp_path, METRICS_PORT=str(port), WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: is_served(port), 10, "no metrics")
+        os.killpg(service.process.pid, number) if number == signal.SIGINT else os.kill(
+            service.process.pid, number
+        )
+        service.process.wait(20)
+    wait_until(lambda: not is_served(port), 10, "it is still served")
+    wait_until(lambda: not folders(service.process.pid), 10, "its folder stays")
+
+
+def test_without_a_port_of_its_own_a_killed_master_leaves_no_folder(tmp_path: Path) -> None:
+    with Service(tmp_path, WEB_CONCURRENCY="2") as service:
+        assert len(folders(service.process.pid)) == 1
+        wait_until(lambda: len(workers(service)) == 2, 10, "not two workers")
+        service.process.kill()
+        service.process.wait(10)
+    wait_until(lambda: not folders(service.process.pid), 10, "its folder stays")
+
+
+def test_an_upgrade_takes_neither_figures_nor_the_port_from_the_old_workers(tmp_path: Path) -> None:
+    port = free_port()
+    with Service(tmp_path, *UPGRADABLE, METRICS_PORT=str(port), WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: is_served(port), 10, "no metrics")
+        service.buy()
+        service.process.send_signal(signal.SIGUSR2)
+        waits = "the metrics wait until it is free"
+        wait_until(lambda: waits in service.log, 20, "the new master has no metrics process")
+        wait_until(lambda: service.log.count("Booting worker") == 4, 20, "no new workers")
+        assert scrape(port)[outcome_counter("sold")] == 1
+        new_master = int(re.findall(r"\[(\d+)\] \[INFO\] Starting gunicorn", service.log)[1])
+        old, new = service.process.pid, new_master
+        assert [len(folders(old)), len(folders(new))] == [1, 1]
+        assert service.stop(signal.SIGTERM) == 0
+        wait_until(lambda: service.log.count("Metrics at:") == 2, 10, "nobody took the port over")
+        assert [len(folders(old)), len(folders(new))] == [0, 1]
+        service.buy()
+        now = scrape(port)
+        assert (now[outcome_counter("sold")], now["flash_sale_sold"]) == (1, 2)
+        os.kill(new_master, signal.SIGTERM)
+        wait_until(lambda: not is_served(port), 20, "the new one stays")
+    wait_until(lambda: not folders(new), 10, "a folder stays")
+
+
+def test_a_port_that_is_taken_stops_no_sale(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Service(tmp_path, METRICS_PORT=str(port), WEB_CONCURRENCY="2") as service:
+            said = f"METRICS_PORT {port}: [Errno 98] Address already in use"
+            wait_until(lambda: said in service.log, 10, "it didn't say so")
+            assert service.buy().status_code == 200
+            taken.close()
+            wait_until(lambda: is_served(port), 10, "no metrics")
+            assert scrape(port)["flash_sale_sold"] == 1
+            assert service.log.count(said) == 1
+
+
+def test_a_command_leaves_no_folder(tmp_path: Path) -> None:
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
+    command = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as done:
+        assert done.wait(20) == 0
+    assert folders(done.pid) == []
