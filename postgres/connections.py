@@ -8,9 +8,9 @@ import os
 import re
 import selectors
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -71,21 +71,30 @@ class Connections:
         statement_timeout_ms = lock_timeout_ms + round(STATEMENT_RESERVE_S * 1000)
         self._timeouts = (str(lock_timeout_ms), str(statement_timeout_ms))
         self._pool_timeout_s = pool_timeout_s
-        self._pools: defaultdict[int, Pool] = defaultdict(partial(Pool, pool_size))  # by process id
+        self._pool_size = pool_size
+        self._pools: dict[int, Pool] = {}  # by process id
         given = _parse(url)
         places = [f"{name} {given[name]}" for name in ("host", "port", "dbname") if name in given]
         self.place = " ".join(places)  # without user and password
         self._hosts = deque(_one_for_each_host(given))  # the one that answered last comes first
 
-    def ask(self, deadline: float, *transactions: Sequence[Statement]) -> list[Outcome]:
-        """As `Connection.ask`, on a standing connection. Raises Busy and Unavailable, too."""
-        pool = self._pools[os.getpid()]
+    def ask(
+        self, deadline: float, *transactions: Sequence[Statement], patience_s: float = 0
+    ) -> list[Outcome]:
+        """As `Connection.ask`, on a standing connection. Raises Busy and Unavailable, too.
+
+        `patience_s`: for which an answer may come after `deadline`, as the server ends the wait
+        for a lock by itself.
+        """
+        pool = self._pool()
         connection = pool.take(min(deadline, time.monotonic() + self._pool_timeout_s))
         is_as_before = False
         try:
-            if not (connection and connection.is_alive()):
+            if connection and not connection.is_alive():
+                connection.close()
+            if connection is None or connection.closed:
                 connection = self.open(deadline)
-            outcomes = connection.ask(deadline + GRACE_S, *transactions)
+            outcomes = connection.ask(deadline + GRACE_S + patience_s, *transactions)
             is_as_before = connection.is_as_before(outcomes)
             return outcomes
         finally:
@@ -97,12 +106,14 @@ class Connections:
         """A new one to the first host that is ready in time. Raises Unavailable."""
         failures = []
         for _ in range(len(self._hosts)):
-            self._pools[os.getpid()].wait_to_connect(deadline)
+            self._pool().wait_to_connect(deadline)
             try:
                 return self._open(self._hosts[0])
             except psycopg.Error as error:
                 failures.append(one_line(error))
                 self._hosts.rotate(-1)
+            if time.monotonic() > deadline:
+                break
         raise db.Unavailable(f"can't connect to PostgreSQL: {'; '.join(failures)}")
 
     def _open(self, host: str) -> "Connection":
@@ -118,6 +129,11 @@ class Connections:
             raise
         connection.cancelled = False
         return connection
+
+    def _pool(self) -> "Pool":
+        """This process's."""
+        pid = os.getpid()
+        return self._pools.get(pid) or self._pools.setdefault(pid, Pool(self._pool_size))
 
     def close(self) -> None:
         """Close this process's connections."""

@@ -18,7 +18,7 @@ from postgres import setup
 from postgres.connections import Connections, Row, Statement, one_line, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
-CAREFUL_MAX_S = 20.0  # gunicorn ends a worker 30 s after the lock timeout
+PATIENCE_MAX_S = 20.0  # gunicorn ends a worker 30 s after the lock timeout
 CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
 
 
@@ -45,6 +45,7 @@ class PostgresStore:
         self._on_lock_wait: Callable[[float], object] = lambda seconds: None
         self._durable_zero = ""  # the version of the row that is sold out on every disk
         self._careful = True  # until a commit was confirmed in time
+        self._patience_s = 0.0  # of a careful sale for its commit, after one that failed
 
     def buy(
         self,
@@ -92,14 +93,15 @@ class PostgresStore:
             if early:
                 row, _ = self._ask(deadline, [sale], [(CONFIRM, ())], repeatable=repeatable)
             else:
-                patience_s = min(self.lock_timeout_s, CAREFUL_MAX_S)
-                (row,) = self._ask(deadline + patience_s, [sale], repeatable=repeatable)
+                (row,) = self._ask(
+                    deadline, [sale], repeatable=repeatable, patience_s=self._patience_s
+                )
                 if row[0] is None or row[2] is not None:  # nothing was sold that waited itself
                     self._ask(deadline, [(CONFIRM, ())], repeatable=True)
         except db.OutcomeUnknown:
-            self._careful = True
+            self._careful, self._patience_s = True, min(self.lock_timeout_s, PATIENCE_MAX_S)
             raise
-        self._careful = False
+        self._careful, self._patience_s = False, 0.0
         self._on_lock_wait(time.monotonic() - asked)
         return row
 
@@ -169,7 +171,13 @@ class PostgresStore:
         except db.OutcomeUnknown as error:
             raise db.Unavailable(str(error)) from error
 
-    def _ask(self, deadline: float, *transactions: list[Statement], repeatable: bool) -> list[Row]:
+    def _ask(
+        self,
+        deadline: float,
+        *transactions: list[Statement],
+        repeatable: bool,
+        patience_s: float = 0,
+    ) -> list[Row]:
         """A row of each transaction; asked for again where that can't sell a second unit.
 
         `deadline`, of time.monotonic(), is that for the pool, the lock and all attempts together.
@@ -180,7 +188,7 @@ class PostgresStore:
         unknown: db.OutcomeUnknown | None = None
         while True:
             try:
-                outcomes = self._connections.ask(deadline, *transactions)
+                outcomes = self._connections.ask(deadline, *transactions, patience_s=patience_s)
             except db.StoreError as error:  # no connection: what went before says more
                 raise unknown or refusal or error from error
             except psycopg.Error as error:  # before anything was sent
