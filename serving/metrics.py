@@ -59,7 +59,7 @@ class Instruments:
         )
         self.outcomes = client.Counter(
             "flash_sale_outcomes",
-            "What the store did: sold, replayed, or why it refused.",
+            "What the store did: sold, replayed, or its trouble. Requests tell of 410 and 422.",
             ["outcome"],
             registry=None,
         )

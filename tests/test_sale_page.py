@@ -141,7 +141,7 @@ def test_a_lost_answer_and_a_reload_are_one_ticket(browser: Chrome, tmp_path: Pa
 
 
 def test_at_0_only_what_is_unsettled_is_asked(browser: Chrome, service: Service) -> None:
-    asked = 'flash_sale_outcomes_total{outcome="sold_out"}'
+    asked = 'flash_sale_request_duration_seconds_count{route="/buy_ticket",status="410"}'
     service.reset(1)
     browser.get(f"{service.url}/sale")
     click(browser, "#buy")
