@@ -55,7 +55,7 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.port, self.nginx_port = free_port(), free_port()
+        self.port, self.nginx_port, self.metrics_port = free_port(), free_port(), free_port()
         for name in (
             "opt",
             "etc/systemd/system",
@@ -76,6 +76,7 @@ class Machine:
         text = re.sub(r"sudo (-u flash-sale )?", "", text)
         text = re.sub(r"(?<![\w.])/(opt|etc|var)/", rf"{self.root}/\1/", text)
         text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
+        text = re.sub(r"(:|METRICS_PORT=)9100\b", rf"\g<1>{self.metrics_port}", text)
         text = re.sub(r"http://127\.0\.0\.1( |$)", rf"http://127.0.0.1:{self.nginx_port}\1", text)
         text = text.replace("install -d -o flash-sale", "install -d")
         return text.replace("2026-12-01T20:00:00", "2020-12-01T20:00:00")  # it is open
@@ -106,6 +107,8 @@ class Machine:
 
     def systemctl(self, verb: str, *names: str) -> None:
         names = tuple(name.removesuffix(".service") for name in names if name != "--now")
+        if "prometheus" in names:  # test_prometheus.py starts it
+            return
         if "nginx" in names:
             self.nginx.close()
             if verb == "restart":
@@ -188,7 +191,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def test_the_operators_friday_from_an_empty_machine_to_the_end(machine: Machine) -> None:
-    need(shutil.which("sqlite3"), "sqlite3 is not installed (apt-get install sqlite3)")
+    for tool, package in {"sqlite3": "sqlite3", "promtool": "prometheus", "curl": "curl"}.items():
+        need(shutil.which(tool), f"{tool} is not installed (apt-get install {package})")
     printed: dict[str, str] = {}
     sold_before_backup, ids = 0, []
     for command in commands():
@@ -341,6 +345,16 @@ def places(machine: Machine):  # type: ignore[no-untyped-def]
 
 
 # ---- nginx
+
+
+def test_what_nginx_answers_by_itself_can_be_counted(tmp_path: Path) -> None:
+    lines = block("What nginx answers by itself", "nginx").replace("1% 1;", "100% 1;")
+    place = "    # A client has this long"
+    with nginx(tmp_path, free_port(), {place: lines + place}) as port:  # nobody listens there
+        assert [ask(port, buy()).status for _ in range(3)] == [503, 503, 503]
+    command = block("What nginx answers by itself", "bash").replace("/var/log/nginx", str(tmp_path))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "503 0 300\n"
 
 
 def test_a_shops_page_on_another_origin_buys_through_its_own_nginx(tmp_path: Path) -> None:

@@ -26,8 +26,18 @@ from edge import (
     read_all,
     reply,
 )
-from service import PROJECT, Answer, Service, free_port, need, parse_answer, run_to_end
+from service import (
+    PROJECT,
+    Answer,
+    Service,
+    free_port,
+    need,
+    parse_answer,
+    run_to_end,
+    wait_until,
+)
 from test_edge_cache import OLDEST_S
+from test_sqlite_store import write_lock
 
 SALE = '{"success": true}'
 
@@ -178,6 +188,31 @@ def test_what_was_not_passed_on_was_certainly_not_sold(tmp_path: Path, listens: 
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.json == {"success": False, "message": "Server busy - please retry"}
     assert not (tmp_path / "unanswered.log").read_text()
+
+
+def test_a_buyer_without_a_key_who_hung_up_is_sold_nothing(tmp_path: Path) -> None:
+    """All had sent their purchase, and waited for the write lock or for a worker."""
+    (tmp_path / "nginx").mkdir()
+    with (
+        Service(tmp_path, LOCK_TIMEOUT="20", WEB_CONCURRENCY="2") as service,
+        nginx(tmp_path / "nginx", service.port) as port,
+    ):
+        with write_lock(tmp_path / "inventory.db"):
+            buyers = [connect(port) for _ in range(20)]
+            for buyer in buyers:
+                buyer.sendall(buy())
+            wait_until(lambda: established(service.port) == 20, 10, "they don't wait")
+            for buyer in buyers:
+                buyer.close()
+            wait_until(lambda: established(service.port) == 0, 10, "nginx does not hang up")
+        assert ask(port, buy("k")).json["remaining_stock"] == 99
+
+
+def established(port: int) -> int:
+    """How many connections to this port nobody has closed."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    places = (line.split()[1:4] for line in lines)
+    return sum(state == "01" and int(own.split(":")[1], 16) == port for own, _, state in places)
 
 
 # ---- Limits
