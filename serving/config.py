@@ -25,7 +25,7 @@ NUMBERS: dict[str, tuple[type, Any, float, float]] = {  # default, lowest, highe
     "LOCK_TIMEOUT": (float, 5.0, 0, 3600),
     "PORT": (int, 8000, 1, 65535),
     "METRICS_PORT": (int, None, 1, 65535),
-    "WEB_CONCURRENCY": (int, min(max(2, os.cpu_count() or 1), 8), 1, 256),
+    "WEB_CONCURRENCY": (int, min(WORKERS_PER_CORE * (os.cpu_count() or 1), WORKERS_MAX), 1, 256),
     "DB_POOL_SIZE": (int, 4, 1, 100),
     "DB_POOL_TIMEOUT": (float, None, 0, 3600),  # None: LOCK_TIMEOUT
 }

@@ -1,6 +1,7 @@
 """The configuration: defaults, order of precedence, and values that make no sense."""
 
 import math
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_variables_the_defaults_hold() -> None:
     config = read_config()
     workers = config.pop("WEB_CONCURRENCY")
-    assert 2 <= workers <= 8
+    assert workers == min(3 * (os.cpu_count() or 1), 24)
     assert config == {
         "DATABASE_URL": "sqlite:///inventory.db",
         "ITEM_NAME": "Item A - Concert Ticket",
