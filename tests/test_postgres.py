@@ -764,17 +764,17 @@ def test_without_psycopg_one_line_says_what_to_install() -> None:
     assert "pip install -r postgres/requirements.txt" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["init-db", "audit"])
-def test_the_command_line_works_on_postgresql(store_url: str, command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flask", "--app", "app", command],
-        cwd=PROJECT,
-        env=environment(DATABASE_URL=store_url, INITIAL_STOCK="7", ITEM_NAME="Concert"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0
+def test_the_command_line_works_on_postgresql(store_url: str) -> None:
     expected = {"init-db": "Concert: 7 of 7 units left", "audit": '"current_stock": 7'}
-    assert expected[command] in done.stdout
-    assert PASSWORD not in done.stdout + done.stderr
+    for command, told in expected.items():  # in this order: an audit creates nothing
+        done = subprocess.run(
+            [sys.executable, "-m", "flask", "--app", "app", command],
+            cwd=PROJECT,
+            env=environment(DATABASE_URL=store_url, INITIAL_STOCK="7", ITEM_NAME="Concert"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0
+        assert told in done.stdout
+        assert PASSWORD not in done.stdout + done.stderr
