@@ -193,6 +193,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 def test_the_operators_friday_from_an_empty_machine_to_the_end(machine: Machine) -> None:
     for tool, package in {"sqlite3": "sqlite3", "promtool": "prometheus", "curl": "curl"}.items():
         need(shutil.which(tool), f"{tool} is not installed (apt-get install {package})")
+    need((PROJECT / ".git").exists(), "this is no checkout")
     printed: dict[str, str] = {}
     sold_before_backup, ids = 0, []
     for command in commands():

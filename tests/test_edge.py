@@ -441,7 +441,7 @@ def test_a_cached_reading_is_whole(tls_port: tuple[int, int]) -> None:
         assert (ranged.status, ranged.text) == (200, SALE)
 
 
-def test_what_nginx_has_no_descriptors_left_for_is_refused_in_json(tmp_path: Path) -> None:
+def test_what_nginx_has_no_descriptors_left_for_is_503(tmp_path: Path) -> None:
     def answer(_: str) -> bytes:
         time.sleep(0.3)
         return reply(200, SALE)
@@ -449,7 +449,7 @@ def test_what_nginx_has_no_descriptors_left_for_is_refused_in_json(tmp_path: Pat
     edits = {"worker_processes auto": "worker_processes 1", "nofile 70000": "nofile 40"}
     with Upstream(answer) as upstream, nginx(tmp_path, upstream.port, edits) as port:
         answers = ask_at_once(port, [buy()] * 30)
-    assert {200, 500} <= {answer.status for answer in answers} <= {200, 500, 503}
+    assert {answer.status for answer in answers} == {200, 503}  # certainly not sold
     for refused in answers:
         assert refused.headers["content-type"] == "application/json"
         assert refused.json["success"] is (refused.status == 200)

@@ -245,7 +245,7 @@ LINES: list[tuple[Check, str, str]] = [
     (no_more_wait_than_the_service_can_answer, "max_conns=3 ", ""),
     (no_more_wait_than_the_service_can_answer, "zone purchases 64k;", ""),
     (no_more_wait_than_the_service_can_answer, "error.log crit;", "error.log error;"),
-    (no_more_wait_than_the_service_can_answer, 'if ($upstream_bytes_sent ~ "', 'if ($uri ~ "'),
+    (no_more_wait_than_the_service_can_answer, '"~^/error/50. (.*: )?0?$" 1;', ""),
     (no_more_wait_than_the_service_can_answer, "http://readings", "http://purchases"),
 ]
 CHECKS = list(dict.fromkeys(check for check, _, _ in LINES))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from edge import Upstream, nginx, reply
-from service import Service, run_to_end
+from service import Service, allow_open_files, run_to_end
 
 CROWD = (sys.executable, "benchmarks/crowd.py", "--limit", "40", "--addresses", "100")
 
@@ -18,6 +18,7 @@ def figures(output: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("keys", [[], ["--keys"]], ids=["without keys", "with keys"])
 def test_2000_buyers_at_once_buy_100_units_through_nginx(tmp_path: Path, keys: list[str]) -> None:
+    allow_open_files(5_000)  # nginx inherits it
     with Service(tmp_path) as service, nginx(tmp_path, service.port) as port:
         url = f"http://127.0.0.1:{port}"
         done = run_to_end([*CROWD, "--url", url, "--buyers", "2000", *keys])
