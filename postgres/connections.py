@@ -112,8 +112,6 @@ class Connections:
             except psycopg.Error as error:
                 failures.append(one_line(error))
                 self._hosts.rotate(-1)
-            if time.monotonic() > deadline:
-                break
         raise db.Unavailable(f"can't connect to PostgreSQL: {'; '.join(failures)}")
 
     def _open(self, host: str) -> "Connection":
