@@ -175,11 +175,6 @@ def store_error_response(error: type[db.StoreError]) -> Response:
 STORE_ERROR_RESPONSES = {error: store_error_response(error) for error in STATUS_BY_ERROR}
 
 
-def answer_store_error(error: db.StoreError) -> Response:
-    watch.refused(error, request_proxy)
-    return STORE_ERROR_RESPONSES[type(error)]
-
-
 def answer_http_error(error: HTTPException) -> ResponseReturnValue:
     """Werkzeug's answer with its status and headers, as JSON.
 
@@ -235,7 +230,6 @@ def create_app(**config: Any) -> Flask:
         method, path = endpoint.split()
         app.add_url_rule(path, endpoint, on_store(view, store), methods=[method])
     app.add_url_rule("/docs/<name>", view_func=pages.swagger_file)
-    app.register_error_handler(db.StoreError, answer_store_error)
     app.register_error_handler(HTTPException, answer_http_error)
     observe = metrics.observer({endpoint.split()[1] for endpoint in ROUTES})
     app.wsgi_app = with_security_headers(app.wsgi_app, observe)  # type: ignore[method-assign]
@@ -252,12 +246,19 @@ def flask_looks_for_a_command() -> bool:
 
 
 def on_store(view: View, store: Store) -> Callable[[], ResponseReturnValue]:
-    """The view with the request itself: a look through Flask's proxy costs as much as a SELECT."""
+    """The view with the request itself, and what the store's refusals are answered with.
+
+    A look through Flask's proxy costs as much as a SELECT, and so does its search for a handler.
+    """
 
     def answer() -> ResponseReturnValue:
         request = request_proxy._get_current_object()  # type: ignore[attr-defined]
         require_plain_request(request.environ)
-        return view(store, request)
+        try:
+            return view(store, request)
+        except db.StoreError as error:
+            watch.refused(error, request)
+            return STORE_ERROR_RESPONSES[type(error)]
 
     return answer
 

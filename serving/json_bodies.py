@@ -57,7 +57,7 @@ def member_of(request: Request, name: str, default: Any) -> Any:
 
 
 def read_body(request: Request) -> bytes:
-    """All of it. The environment is asked, as Werkzeug's properties cost more than a SELECT."""
+    """All of it. The environment is asked: Werkzeug's way costs as much as three SELECTs."""
     if "HTTP_TRANSFER_ENCODING" in request.environ:
         abort(411, "A chunked body is not accepted - send the body with a Content-Length.")
     try:
@@ -68,8 +68,10 @@ def read_body(request: Request) -> bytes:
         abort(400, "Content-Length has to be a whole number of bytes.")
     if announced > MAX_BODY_BYTES:
         abort(413, f"The body is too large - send at most {MAX_BODY_BYTES} bytes.")
+    if not announced:
+        return b""
     try:
-        body = request.get_data()
+        body: bytes = request.environ["wsgi.input"].read(announced)
     except OSError:  # the client is gone
         body = b""
     if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
