@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sqlite import setup
 from sqlite.engine import ORIGIN, primary_code, sqlite3
@@ -21,7 +21,6 @@ CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 
 Presence = Callable[[], bool] | None  # whether the buyer still waits; None: nobody can tell
-Bought = TypeVar("Bought", bound="Purchase | None")
 
 
 class SQLiteStore:
@@ -47,47 +46,42 @@ class SQLiteStore:
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
         committing). Only a buyer without a key is asked for: a key settles what was missed.
         """
-        purchase = self._on_disk(
-            lambda reader: self._find_or_sell(reader, customer_id, idempotency_key, buyer_is_there),
-            idempotency_key,
-        )
+        with (
+            self.faults,
+            self.file.reader(to_write=True) as reader,
+            DurableRefusals(self.file, reader, idempotency_key),
+        ):
+            # Without the lock first: nearly every request of a flash sale ends here.
+            purchase = _find(reader, customer_id, idempotency_key)
+            if purchase is None:
+                purchase = self._sell(reader, customer_id, idempotency_key, buyer_is_there)
+            self.file.flush(reader)  # a replay too: its seller may have died before the flush
         if purchase.purchase_id % CHECKPOINT_EVERY == 0 and not purchase.replayed:
             self.file.checkpoint()
         return purchase
 
-    def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
-        """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
-        return self._on_disk(
-            lambda reader: _find(reader, customer_id, idempotency_key), idempotency_key
-        )
-
-    def _on_disk(self, ask: Callable[[WalReader], Bought], idempotency_key: str | None) -> Bought:
-        """Whatever a buyer is told is on disk first: the sale, or what its refusal rests on."""
-        with self.faults, self.file.reader(to_write=True) as reader:
-            version = reader.refusal and reader.version()  # read before what it is to vouch for
-            if idempotency_key is None and reader.refusal == (SoldOut, version):
-                raise SoldOut  # nothing has changed since it was true
-            try:
-                purchase = ask(reader)
-            except (SoldOut, KeyReused) as refusal:
-                self.file.confirm(reader)
-                reader.refusal = type(refusal), version
-                raise
-            if purchase is not None:
-                self.file.flush(reader)  # a replay too: its seller may have died before the flush
-            return purchase
-
-    def _find_or_sell(
+    def _sell(
         self, reader: WalReader, customer_id: str, idempotency_key: str | None, presence: Presence
     ) -> Purchase:
-        # Without the lock first: nearly every request of a flash sale ends here.
-        if purchase := _find(reader, customer_id, idempotency_key):
-            return purchase
-        _require_buyer(idempotency_key, presence)
-        with self.file.transaction(self.lock_timeout_s) as connection:  # BEGIN IMMEDIATE
-            _require_buyer(idempotency_key, presence)  # the wait may have been long
+        def require_buyer_and_files() -> None:
+            if idempotency_key is None and presence is not None and not presence():
+                raise BuyerGone
             reader.require_same_files()
-            return _sell(connection, customer_id, idempotency_key)
+
+        with self.file.begin_immediate(self.lock_timeout_s, require_buyer_and_files) as connection:
+            return _sell_one(connection, customer_id, idempotency_key)
+
+    def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
+        """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
+        with (
+            self.faults,
+            self.file.reader(to_write=True) as reader,
+            DurableRefusals(self.file, reader, idempotency_key),
+        ):
+            purchase = _find(reader, customer_id, idempotency_key)
+            if purchase is not None:
+                self.file.flush(reader)
+            return purchase
 
     def inventory(self) -> Inventory:
         with self.faults, self.file.reader() as reader:
@@ -100,7 +94,7 @@ class SQLiteStore:
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
         with self.faults, self.file.reader(to_write=True) as reader:
-            with self.file.transaction(self.lock_timeout_s) as connection:
+            with self.file.begin_immediate(self.lock_timeout_s) as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
                 connection.execute(SET_STOCK, (stock, stock))
@@ -114,7 +108,7 @@ class SQLiteStore:
         """
         try:
             with self.faults, self.file.reader(to_write=True) as reader:
-                with self.file.transaction(self.lock_timeout_s) as connection:
+                with self.file.begin_immediate(self.lock_timeout_s) as connection:
                     setup.has_our_tables(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
@@ -183,12 +177,7 @@ def _look_up(
     return None, stock
 
 
-def _require_buyer(idempotency_key: str | None, presence: Presence) -> None:
-    if idempotency_key is None and presence is not None and not presence():
-        raise BuyerGone
-
-
-def _sell(
+def _sell_one(
     connection: sqlite3.Connection, customer_id: str, idempotency_key: str | None
 ) -> Purchase:
     """Under the lock: look again, take a unit, record who has it."""
@@ -248,11 +237,36 @@ class Audit(NamedTuple):
         return self.current_stock + self.purchase_records == self.initial_stock
 
 
+class DurableRefusals:
+    """What a refusal rests on is put on disk before it is told, once after each change.
+
+    A SOLD OUT that still holds is told at once. `version` is read before the stock, as what comes
+    in between must not count as looked at. This and StoreErrors are classes, as a generator costs
+    a refusal 1 µs more.
+    """
+
+    def __init__(self, file: WalDatabase, reader: WalReader, idempotency_key: str | None) -> None:
+        self.file = file
+        self.reader = reader
+        self.idempotency_key = idempotency_key
+        self.version: object = None
+
+    def __enter__(self) -> None:
+        remembered = self.reader.refusal
+        self.version = remembered and self.reader.version()
+        if self.idempotency_key is None and remembered == (SoldOut, self.version):
+            raise SoldOut
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, SoldOut | KeyReused):
+            self.file.confirm(self.reader)
+            self.reader.refusal = type(error), self.version
+
+
 class StoreErrors:
     """The one place that gives the errors of SQLite and of the disk their meaning for a sale.
 
-    A refused constraint is a bug in this program, and goes up as it is. This is a class, as a
-    generator costs a refusal 1 µs more.
+    A refused constraint is a bug in this program, and goes up as it is.
     """
 
     def __init__(self, path: Path) -> None:

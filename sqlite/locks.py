@@ -18,24 +18,23 @@ class LockTimeoutError(Exception):
 
 
 def retry_while_locked(
-    connection: sqlite3.Connection, lock_timeout_s: float, *statements: str
+    connection: sqlite3.Connection, statement: str, lock_timeout_s: float, waiting_since: float = 0
 ) -> sqlite3.Cursor:
-    """Execute statements, the last of which takes a lock; again while it is held.
+    """Execute a statement that takes a lock; again while it is held. Raises LockTimeoutError.
 
     SQLite's own waiting lets newcomers overtake. These sleeps are random and short, so no waiter
-    has an advantage and the lock isn't free for long. Raises LockTimeoutError.
+    has an advantage and the lock isn't free for long. `waiting_since`, of time.monotonic(), is when
+    an earlier statement began to wait within the same timeout.
     """
-    started = time.monotonic()
+    waiting_since = waiting_since or time.monotonic()
     sleep_max_s = RETRY_SLEEP_MIN_S
     while True:
         try:
-            for statement in statements:
-                cursor = connection.execute(statement)
-            return cursor
+            return connection.execute(statement)
         except sqlite3.DatabaseError as error:
             if primary_code(error) != sqlite3.SQLITE_BUSY:
                 raise
-        waited_s = time.monotonic() - started
+        waited_s = time.monotonic() - waiting_since
         if waited_s >= lock_timeout_s:
             raise LockTimeoutError(waited_s)
         time.sleep(min(random.uniform(0, sleep_max_s), lock_timeout_s - waited_s))  # noqa: S311

@@ -70,11 +70,11 @@ def create(file: WalDatabase, patience_s: float, item_name: str, stock: int) -> 
     require_usable(file.path)
     with closing(file.connect()) as connection:
         is_ours = has_our_tables(connection)
-        mode = retry_while_locked(connection, patience_s, "PRAGMA journal_mode = WAL").fetchone()
+        mode = retry_while_locked(connection, "PRAGMA journal_mode = WAL", patience_s).fetchone()
     if mode != ("wal",):
         raise OSError("this file system can't hold a WAL database")
     if not is_ours:
-        with file.transaction(patience_s) as connection:
+        with file.begin_immediate(patience_s) as connection:
             if not has_our_tables(connection):  # else another process was first
                 create_tables(connection, item_name, stock)
 

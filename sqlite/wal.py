@@ -23,6 +23,7 @@ FLUSH_AFTER_LOCK = hasattr(os, "fdatasync")
 SET_SYNCHRONOUS = f"PRAGMA synchronous = {'NORMAL' if FLUSH_AFTER_LOCK else 'FULL'}"
 CHECKPOINT_PATIENCE_S = 0.1  # for the write lock, which the sale before it had an instant ago
 READ_PATIENCE_S = 5.0  # for a SELECT while another process recovers the WAL
+LONG_WAIT_S = 0.01  # what was asked before such a wait is asked again
 REPLACED_CHECK_S = 1.0  # each look at the file costs as much as a SELECT of the stock
 
 # Extended codes that pysqlite3 has no names for (sqlite.org/rescode.html).
@@ -181,17 +182,26 @@ class WalDatabase:
             reader.close()
 
     @contextmanager
-    def transaction(self, lock_timeout_s: float) -> Iterator[sqlite3.Connection]:
+    def begin_immediate(
+        self, lock_timeout_s: float, require: Callable[[], object] = lambda: None
+    ) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own.
 
-        Raises LockTimeoutError, StoppedError, and FlushError where nobody knows the outcome.
+        `require` refuses by an exception. It is asked before the lock is taken, as nothing slow may
+        happen under it, and once more after a wait that was long. Raises LockTimeoutError,
+        StoppedError, and FlushError where nobody knows the outcome.
         """
+        waited_s = None
         connection = self.connect(patience_s=0)
         try:
             started = time.monotonic()
-            retry_while_locked(connection, lock_timeout_s, SET_SYNCHRONOUS, "BEGIN IMMEDIATE")
-            self.on_lock_wait(time.monotonic() - started)
-            self.require_running()  # the wait may have been long
+            retry_while_locked(connection, SET_SYNCHRONOUS, lock_timeout_s)  # opens WAL and shm
+            require()
+            retry_while_locked(connection, "BEGIN IMMEDIATE", lock_timeout_s, started)
+            waited_s = time.monotonic() - started
+            if waited_s > LONG_WAIT_S:
+                require()
+            self.require_running()
             yield connection
             self._commit(connection)
         except BaseException:
@@ -200,6 +210,8 @@ class WalDatabase:
             raise
         finally:
             connection.close()
+            if waited_s is not None:
+                self.on_lock_wait(waited_s)
 
     def _commit(self, connection: sqlite3.Connection) -> None:
         try:
@@ -242,9 +254,9 @@ class WalDatabase:
         PASSIVE, which waits for no reader.
         """
         try:
-            with self.transaction(CHECKPOINT_PATIENCE_S):
-                frames, copied = self._copy_wal()
-        except (LockTimeoutError, StoppedError, sqlite3.Error) as error:
+            with self.reader(to_write=True) as reader, self.begin_immediate(CHECKPOINT_PATIENCE_S):
+                frames, copied = self._copy_wal(reader)
+        except (LockTimeoutError, StoppedError, FlushError, sqlite3.Error, OSError) as error:
             # What was committed is safe in the WAL.
             log.error("checkpoint of %s failed: %s", self.path, error)
             return
@@ -252,8 +264,13 @@ class WalDatabase:
         if copied < frames:
             log.warning("checkpoint incomplete, the WAL grows: a reader stays in %s", self.path)
 
-    def _copy_wal(self) -> tuple[int, int]:
-        """The frames in the WAL, and how many of them are in the database file now."""
+    def _copy_wal(self, reader: WalReader) -> tuple[int, int]:
+        """The frames in the WAL, and how many of them are in the database file now.
+
+        SQLite flushes the WAL too, but through a descriptor that it opens now. That one is not told
+        what failed before, perhaps in a process that has not yet stopped the others.
+        """
+        self.flush(reader)
         with closing(self.connect(patience_s=0)) as connection:
             connection.execute(SET_SYNCHRONOUS)
             try:
@@ -272,7 +289,7 @@ class WalDatabase:
         with closing(self.connect(patience_s=0)) as connection:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             try:
-                retry_while_locked(connection, 0, "BEGIN IMMEDIATE")
+                retry_while_locked(connection, "BEGIN IMMEDIATE", 0)
             except LockTimeoutError:
                 return
             connection.execute("COMMIT")

@@ -29,10 +29,10 @@ SQLITE_RULES = {
     "a replayed 200 is flushed": "the first one's worker may have died between COMMIT and flush",
     "a 410 is flushed": "it may rest on a sale that is not on disk yet",
     "checkpoints hold the write lock": "SQLite before 3.51.3 loses a WAL that restarts meanwhile",
-    "the WAL is flushed before it is copied": "SQLite's own, with synchronous = NORMAL",
     "the database is flushed before the WAL restarts": "SQLite's own",
     "a failed flush stops all answers": "Linux tells of it once, and takes the pages for clean",
     "a failed flush stops checkpoints": "they copy frames without checking them",
+    "a checkpoint flushes first as a sale does": "SQLite's own descriptor may be opened too late",
 }
 POSTGRES_RULES = {
     "a 200 waits for the barrier": "the sale itself commits asynchronously",
@@ -125,6 +125,8 @@ def buy(now: Sqlite, who: str, place: str, rules: Rules) -> Iterator[Change]:
         yield "unlock", "has sold", {"lock": "", "visible": len(now.sold)}
     elif place in ("has sold", "sees 0", "finds"):
         yield from confirm(now, place, rules)
+    elif place == "failed":  # a moment later: others are under way meanwhile
+        yield "stop", "done", {"stopped": True}
     elif place.startswith("may tell ") and not (
         now.stopped and "a failed flush stops all answers" in rules
     ):
@@ -168,10 +170,21 @@ def confirm(now: Sqlite, place: str, rules: Rules) -> Iterator[Change]:
     confirmed = {"confirmed": now.visible} if answer == "410" else {}
     if answer == "410" and now.confirmed == now.visible:
         yield "remember", "may tell 410", {}
+    if is_told(now):
+        yield "a flush fails", "failed", {}
+        return
     yield "flush", f"may tell {answer}", flush(now) | confirmed
     if now.lost_from == sys.maxsize and now.flushed < len(now.sold):
-        # Told to this one alone: to the others the pages are clean, and their flush succeeds.
-        yield "a flush fails", "done", {"lost_from": now.flushed, "stopped": True}
+        yield "a flush fails", "failed", {"lost_from": now.flushed}
+
+
+def is_told(now: Sqlite) -> bool:
+    """Whether a flush fails since pages were lost.
+
+    Each descriptor that was open then is told once. After the stop all may have been told, or are
+    opened later: to those the pages are clean, and their flush succeeds.
+    """
+    return now.lost_from < sys.maxsize and not now.stopped
 
 
 def flush(now: Sqlite) -> dict[str, Any]:
@@ -187,17 +200,24 @@ def checkpoint(now: Sqlite, who: str, place: str, rules: Rules) -> Iterator[Chan
     end, start = now.mark
     if step == "idle":
         if more != "0" and not forbidden and not (locks and now.lock):
-            yield "lock", f"read {int(more) - 1}", {"lock": who} if locks else {}
+            yield "lock", f"begin {int(more) - 1}", {"lock": who} if locks else {}
+    elif step == "begin":
+        if "a checkpoint flushes first as a sale does" not in rules:
+            yield "no flush", f"read {more}", {}
+        elif forbidden or is_told(now):
+            yield "a flush fails", "idle 0", {"stopped": True, **freed}
+        else:
+            yield "flush", f"read {more}", flush(now)
     elif step == "read":
         copies = now.visible - now.start > now.backfill
-        then = "flush" if copies else "publish"
+        # SQLite opens a descriptor of its own here, which is told of nothing that came before.
+        then = ("flush" if now.lost_from == sys.maxsize else "late") if copies else "publish"
         yield "read", f"{then} {more}", {"mark": (now.visible, now.start)}
-    elif step == "flush":
-        if forbidden:  # it has been open since before the failure, so it is told, too
-            yield "a flush fails", "idle 0", freed
+    elif step in ("flush", "late"):
+        if forbidden or (step == "flush" and is_told(now)):
+            yield "a flush fails", "idle 0", {"stopped": True, **freed}
             return
-        flushes = "the WAL is flushed before it is copied" in rules
-        yield "flush" if flushes else "no flush", f"copy {more}", flush(now) if flushes else {}
+        yield "flush", f"copy {more}", flush(now)
     elif step == "copy":
         copied = {"copied": max(now.copied, end)}
         yield "copy", f"safe {more}", copied

@@ -259,15 +259,15 @@ class Disk:
 # The last sale comes when all others are flushed, and is flushed when many had their 410.
 SLOW_LAST_SALE = """
 import time
-sell, find_or_sell = db._sell, db.SQLiteStore._find_or_sell
+sell_one, sell = db._sell_one, db.SQLiteStore._sell
 def sell_slowly(connection, *arguments):
     time.sleep(0.3 if connection.execute(db.FIND_STOCK).fetchone() == (1,) else 0)
-    return sell(connection, *arguments)
+    return sell_one(connection, *arguments)
 def flush_late(*arguments):
-    purchase = find_or_sell(*arguments)
+    purchase = sell(*arguments)
     time.sleep(0.5 if purchase.remaining_stock == 0 else 0)
     return purchase
-db._sell, db.SQLiteStore._find_or_sell = sell_slowly, flush_late"""
+db._sell_one, db.SQLiteStore._sell = sell_slowly, flush_late"""
 
 
 def sell_under_trace(folder: Path, change: str, sales: int = 150, refusals: int = 30) -> Path:
