@@ -254,7 +254,11 @@ def report(stock: int, buyers: int, attempts: list[Attempt]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
-    stock = stock_at(options.url)
+    try:
+        stock = stock_at(options.url)
+    except (OSError, ValueError, KeyError) as error:  # requests' errors are OSErrors
+        print(f"Cannot rehearse: no stock at {options.url}/inventory: {error}", file=sys.stderr)
+        return 2
     connected, gathered_s, attempts = rush(options)
     figures = {"connected at once": connected, "connected after s": round(gathered_s, 2)}
     figures |= report(stock, options.buyers, attempts)

@@ -1,12 +1,12 @@
 """The service's tables in an SQLite file, and one connection that sells from it without HTTP."""
 
-import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
 
 import db
 from benchmarks.subjects import CUSTOMER, PLENTY
+from sqlite.engine import sqlite3
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 FILL = """

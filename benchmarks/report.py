@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import sqlite3
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measures import Run
+from sqlite.engine import sqlite3
 
 HEADER = (
     "| subject | compared with | requests/s | ratio | p50 ms | p99 ms | ratio | worst ms | ratio"

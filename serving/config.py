@@ -20,9 +20,7 @@ TEXTS = {
     "HOST": "127.0.0.1",
 }
 CHOICES = {"ALLOW_RESET": ("0", "1", "loopback")}  # the first is the default
-# A sale waits for the disk: on 2 cores 2, 4, 6 and 8 workers sold 1,622, 2,048, 2,214 and 2,250
-# units a second, with the same p99 (wrk, 32 connections, medians of four).
-WORKERS_PER_CORE, WORKERS_MAX = 3, 24
+WORKERS_PER_CORE, WORKERS_MAX = 2, 16  # measured: benchmarks/README.md
 NUMBERS: dict[str, tuple[type, Any, float, float]] = {  # default, lowest, highest
     "INITIAL_STOCK": (int, 100, 0, MAX_STOCK),
     "LOCK_TIMEOUT": (float, 5.0, 0, 3600),

@@ -28,7 +28,7 @@ def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_variables_the_defaults_hold() -> None:
     config = read_config()
     workers = config.pop("WEB_CONCURRENCY")
-    assert workers == min(3 * (os.cpu_count() or 1), 24)
+    assert workers == min(2 * (os.cpu_count() or 1), 16)
     assert config == {
         "DATABASE_URL": "sqlite:///inventory.db",
         "ITEM_NAME": "Item A - Concert Ticket",
