@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import random
+import re
 import resource
 import select
 import socket
@@ -35,6 +36,7 @@ BUYERS_PER_PROCESS = 15_000
 CONNECTS_AT_ONCE = 200  # between two looks at what has happened
 CONNECT_LIMIT_S = 20.0
 RETRY = (BUSY, LIMITED)
+LENGTH = re.compile(rb"\r\nContent-Length: (\d+)", re.IGNORECASE)
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +62,8 @@ class Buyer:
         body = json.dumps({"customer_id": self.customer})
         head = "POST /buy_ticket HTTP/1.1\r\nHost: rehearsal\r\nContent-Type: application/json\r\n"
         head += f"Idempotency-Key: {self.key}\r\n" if self.key else ""
-        self.request = f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.request = (head + body).encode()
         self.socket: socket.socket
         self.received = b""
         self.start = 0.0
@@ -104,7 +107,10 @@ class Crowd:
         deadline = time.monotonic() + CONNECT_LIMIT_S
         while time.monotonic() < deadline and not all(map(is_connected, self.buyers)):
             self.poll.poll(0.1)
-        return sum(map(is_connected, self.buyers))
+        connected = [buyer for buyer in self.buyers if is_connected(buyer)]
+        for buyer in connected:
+            self.poll.modify(buyer.socket.fileno(), select.EPOLLIN)
+        return len(connected)
 
     def buy(self, deadline: float) -> None:
         for buyer in self.buyers:
@@ -117,19 +123,19 @@ class Crowd:
             while self.waiting and self.waiting[0][0] <= time.monotonic():
                 buyer = heapq.heappop(self.waiting)[2]
                 self.poll.register(buyer.connect(self.place), select.EPOLLOUT | select.EPOLLET)
-                self.send(buyer)
+                self.send(buyer, again=True)
         for buyer in list(self.sent.values()):
             self.told(buyer, LOST, {}, "no answer in time")
 
-    def send(self, buyer: Buyer) -> None:
-        """As soon as the connection is there; the first time it is."""
-        buyer.start = buyer.start or time.monotonic()
+    def send(self, buyer: Buyer, again: bool = False) -> None:
+        """As soon as the connection is there; of a retry EPOLLOUT tells when it is."""
+        buyer.start = time.monotonic()
         self.sent[buyer.socket.fileno()] = buyer
         try:
-            buyer.socket.sendall(buyer.request.encode())
-            buyer.start = time.monotonic()
-            self.poll.modify(buyer.socket.fileno(), select.EPOLLIN)
-        except BlockingIOError:  # it isn't yet: EPOLLOUT will tell
+            buyer.socket.sendall(buyer.request)
+            if again:
+                self.poll.modify(buyer.socket.fileno(), select.EPOLLIN)
+        except BlockingIOError:
             return
         except OSError as error:
             self.told(buyer, LOST, {}, repr(error))
@@ -139,25 +145,24 @@ class Crowd:
         try:
             data = buyer.socket.recv(65536)
         except BlockingIOError:
-            self.send(buyer)
+            self.send(buyer, again=True)
             return
         except OSError as error:
             self.told(buyer, LOST, {}, repr(error))
             return
         buyer.received += data
-        if not data:
+        if not data or is_whole(buyer.received):
             self.understand(buyer)
 
     def understand(self, buyer: Buyer) -> None:
-        head, _, text = buyer.received.decode("latin-1").partition("\r\n\r\n")
-        words = head.split(None, 2)
-        if len(words) < 2 or not words[1].isdigit():
+        status, text = buyer.received[9:12], buyer.received.partition(b"\r\n\r\n")[2]
+        if not status.isdigit():
             self.told(buyer, LOST, {}, "closed without an answer")
             return
         body: dict[str, Any] = {}
         with suppress(ValueError):
             body = json.loads(text)
-        self.told(buyer, int(words[1]), body, "" if body else text[:100])
+        self.told(buyer, int(status), body, "" if body else text[:100].decode("latin-1"))
 
     def told(self, buyer: Buyer, status: int, body: dict[str, Any], note: str) -> None:
         self.attempts.append(buyer.attempt(self.process, status, body, note))
@@ -165,9 +170,15 @@ class Crowd:
         buyer.socket.close()
         unclear = status not in (SOLD, SOLD_OUT, *RETRY)
         if status in RETRY or (unclear and buyer.key and note != "no answer in time"):
-            buyer.start = 0.0
             moment = time.monotonic() + 1 + self.chance.random()  # Retry-After, and jitter
             heapq.heappush(self.waiting, (moment, id(buyer), buyer))
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether all of its body is there. The service and nginx tell its length."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = LENGTH.search(head)
+    return bool(end and length and len(body) >= int(length[1]))
 
 
 def is_connected(buyer: Buyer) -> bool:
