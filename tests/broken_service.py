@@ -108,14 +108,19 @@ def buy(db: sqlite3.Connection, customer: str, key: str | None, fault: str) -> A
     return SOLD_OUT if stored and unlucky and fault == "unacknowledged" else answer
 
 
-def create_app(fault: str) -> Flask:
-    app = Flask(__name__)
-    cache: dict[str, Any] = {"until": 0.0}
-    create()
+def start(fault: str) -> None:
+    """What some sellers do each time they start."""
     if fault in ("refill", "forgets_keys"):
         with closing(connect()) as db:
             refill = "UPDATE item SET stock = initial"
             db.execute(refill if fault == "refill" else "UPDATE purchase SET key = NULL")
+
+
+def create_app(fault: str) -> Flask:
+    app = Flask(__name__)
+    cache: dict[str, Any] = {"until": 0.0}
+    create()
+    start(fault)
 
     @app.get("/health")
     def health() -> Answer:
