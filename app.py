@@ -301,9 +301,9 @@ def app_or_exit() -> Flask:
     for handler in logging.root.handlers:
         handler.addFilter(watch.may_write)
     require_own_settings()
-    for name, likely in near_misses().items():
-        log.warning("The variable %s means nothing here - is it %s?", name, likely)
     with one_line_for_a_failure():
+        for name, likely in near_misses().items():
+            log.warning("The variable %s means nothing here - is it %s?", name, likely)
         return create_app()
 
 

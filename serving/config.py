@@ -43,10 +43,7 @@ def read_config(**overrides: Any) -> dict[str, Any]:
 
     Blanks and line ends around a value don't count, and an empty value counts as unset.
     """
-    try:
-        load_dotenv(ENV_FILE)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f".env can't be read: {error}") from error
+    _load_env_file()
     values = {**os.environ, **overrides}
     given = {name: _cleaned(name, values[name]) for name in VARIABLES if name in values}
     given = {name: text for name, text in given.items() if text}
@@ -63,8 +60,16 @@ def read_config(**overrides: Any) -> dict[str, Any]:
     return config
 
 
+def _load_env_file() -> None:
+    try:
+        load_dotenv(ENV_FILE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f".env can't be read: {error}") from error
+
+
 def near_misses() -> dict[str, str]:
     """Variables that are set and mean nothing here, and the one that each is nearly called."""
+    _load_env_file()
     others = {name: name.upper() for name in os.environ if name not in VARIABLES}
     found = {
         name: difflib.get_close_matches(spelt, VARIABLES, 1, LIKENESS_MIN)

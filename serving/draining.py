@@ -23,11 +23,13 @@ log = logging.getLogger("gunicorn.error")
 
 
 def install(server: Any) -> None:
-    """In the master: SIGTERM and Ctrl-C drain."""
+    """In the master: SIGTERM and Ctrl-C drain, and so does the end of the demo's terminal."""
     server.state = mmap.mmap(-1, 1)  # of all processes, as they share this memory
     server.state[0] = SHARED if server.systemd or server.master_pid else RUNNING
     server.lifeline = os.pipe()  # only the master keeps the end that writes: it closes as he dies
     server.handle_int = server.handle_term = functools.partial(stop, server)
+    if getattr(server.app, "ends_with_its_terminal", False):  # else SIGHUP is a reload
+        server.handle_hup = server.handle_term
 
 
 def before_upgrade(server: Any) -> None:
@@ -63,7 +65,8 @@ def enter_worker(server: Any, worker: Any) -> None:
 
 def begin_work(worker: Any) -> None:
     """As soon as the worker handles signals."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the master's to handle
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal; the master's to handle
+        signal.signal(number, signal.SIG_IGN)
     if worker.state[0] == STOPPING:  # the SIGTERM may have come before gunicorn listened for it
         worker.alive = False
     threading.Thread(target=end_with_the_master, args=[worker], daemon=True).start()

@@ -21,11 +21,13 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Any) -> None:
     """The master listens, and has no worker yet."""
+    config = server.app.wsgi().config
     server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))
+    if opens_at := config["SALE_STARTS_AT"]:
+        server.log.info("The sale opens at %s", opens_at.isoformat())
     if short := short_queue():
         server.log.warning(short)
     draining.install(server)
-    config = server.app.wsgi().config
     exporter.install(server, store_of(server), config["HOST"], config["METRICS_PORT"])
 
 

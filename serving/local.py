@@ -44,6 +44,8 @@ def serve(app: Flask) -> None:
         return
     sys.argv[1:] = ["--config", str(GUNICORN_CONF), "app:app"]
     server = WSGIApplication()
+    # But under nohup: whoever closed the terminal could hardly stop it any more.
+    server.ends_with_its_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     if "GUNICORN_FD" not in os.environ and "LISTEN_FDS" not in os.environ:
         require_free(server.cfg.address)
     print_banner(app, server.cfg.bind)

@@ -39,12 +39,16 @@ def begin(store: Any, kinds: list[str]) -> None:
 
 
 def offer(store: Any) -> str:
-    """What is on sale, and that INITIAL_STOCK says something else, where it does."""
+    """What is on sale, and which settings say something else, as it is an earlier one."""
     now = store.inventory()
     left = f"{now.item_name}: {now.current_stock:,} of {now.initial_stock:,} units left"
-    if store.initial_stock == now.initial_stock:
-        return left
-    return f"{left}; INITIAL_STOCK ({store.initial_stock:,}) is used for a new database only"
+    unused = {
+        f"INITIAL_STOCK ({store.initial_stock:,})": store.initial_stock != now.initial_stock,
+        f"ITEM_NAME ({store.item_name})": store.item_name != now.item_name,
+    }
+    for setting in (text for text, differs in unused.items() if differs):
+        left += f"; {setting} is used for a new database only"
+    return left
 
 
 def restocked(initial_stock: int) -> None:

@@ -134,6 +134,15 @@ def test_a_misspelt_variable_is_told_at_the_start(tmp_path: Path) -> None:
     assert service.log.count(warning) == 1
 
 
+def test_a_misspelt_variable_in_the_env_file_is_told_too(copy_of_the_program: Path) -> None:
+    (copy_of_the_program / ".env").write_text("INITAL_STOCK=7\n")
+    command = (sys.executable, str(copy_of_the_program / "app.py"))
+    with Service(copy_of_the_program, *command, cwd=copy_of_the_program) as service:
+        pass
+    warning = "The variable INITAL_STOCK means nothing here - is it INITIAL_STOCK?"
+    assert service.log.count(warning) == 1
+
+
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
 def test_a_value_that_makes_no_sense_is_named(
     make_app: Callable[..., Flask], database: Path, name: str, value: str

@@ -250,6 +250,21 @@ def test_sighup_under_load_replaces_the_workers_and_loses_no_request(tmp_path: P
     assert set(rush.outcomes) == {"200"}
 
 
+@pytest.mark.parametrize("nohup", [[], ["nohup"]], ids=["by itself", "under nohup"])
+def test_the_demo_ends_with_its_terminal_but_under_nohup(tmp_path: Path, nohup: list[str]) -> None:
+    """A closed terminal hangs up on master and workers; nobody could press Ctrl-C any more."""
+    with Service(tmp_path, *nohup, sys.executable, "app.py", WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+        workers = set(service.workers())
+        os.killpg(service.process.pid, signal.SIGHUP)
+        if nohup:
+            wait_until(lambda: not workers & set(service.workers()), 20, "no reload")
+            assert service.buy("alice").status_code == 200
+        else:
+            assert service.process.wait(10) == 0
+    assert "was sent SIGHUP" not in service.log
+
+
 def replace_workers(service: Service) -> None:
     wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
     old = set(service.workers())

@@ -56,14 +56,15 @@ def test_blanks_and_line_ends_around_a_url_are_no_part_of_it(
     assert {path.name for path in tmp_path.iterdir()} <= {"sale.db", "sale.db-wal", "sale.db-shm"}
 
 
-def test_another_initial_stock_than_the_databases_is_told_not_used(tmp_path: Path) -> None:
+def test_other_settings_than_the_databases_are_told_not_used(tmp_path: Path) -> None:
     database = {"DATABASE_URL": f"sqlite:///{tmp_path}/inventory.db"}
     run_to_end(INIT_DB, **database, INITIAL_STOCK="5000")
     told = (
         "Selling Item A - Concert Ticket: 5,000 of 5,000 units left;"
-        " INITIAL_STOCK (9,000) is used for a new database only, from "
+        " INITIAL_STOCK (9,000) is used for a new database only;"
+        " ITEM_NAME (Item B) is used for a new database only, from "
     )
-    with Service(tmp_path, INITIAL_STOCK="9000") as service:
+    with Service(tmp_path, INITIAL_STOCK="9000", ITEM_NAME="Item B") as service:
         wait_until(lambda: told in service.log, 10, "the start doesn't say what is sold")
         assert service.get("/inventory")["current_stock"] == 5000
 
