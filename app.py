@@ -1,7 +1,7 @@
 """Flash sale inventory service: many buyers, little stock, one moment; each unit is sold once.
 
-This file is HTTP only: the routes, and which status an outcome gets. The
-database decides each sale, in db.py. `python app.py` serves a demo, `gunicorn app:app` a real sale.
+This file is the edge: the routes, which status an outcome gets, two commands. The database decides
+each sale (db.py). `python app.py` serves a demo, `gunicorn app:app` a real sale.
 """
 
 import functools
@@ -224,8 +224,8 @@ def create_app(**config: Any) -> Flask:
     app.extensions["store"] = store = open_store(app.config["DATABASE_URL"], *settings)
     routes = {endpoint: view for endpoint, (view, _) in ROUTES.items()}
     if opens_at := app.config["SALE_STARTS_AT"]:
-        routes["POST /buy_ticket"] = opening.buy(opens_at, buy_ticket, replay)
-        routes["GET /inventory"] = opening.tell(opens_at)
+        routes["POST /buy_ticket"] = opening.buy_from(opens_at, buy_ticket, replay)
+        routes["GET /inventory"] = opening.inventory_until(opens_at)
     for endpoint, view in routes.items():
         method, path = endpoint.split()
         app.add_url_rule(path, endpoint, on_store(view, store), methods=[method])
@@ -241,6 +241,7 @@ def create_app(**config: Any) -> Flask:
 
 
 def flask_looks_for_a_command() -> bool:
+    """Whether flask's command line loads the app to find a command; `flask run` is one itself."""
     context = click.get_current_context(silent=True)
     return context is not None and isinstance(context.command, click.Group)
 
@@ -248,7 +249,7 @@ def flask_looks_for_a_command() -> bool:
 def on_store(view: View, store: Store) -> Callable[[], ResponseReturnValue]:
     """The view with the request itself, and what the store's refusals are answered with.
 
-    A look through Flask's proxy costs as much as a SELECT, and so does its search for a handler.
+    Flask's proxy costs as much as a SELECT, and so does its search for an error handler.
     """
 
     def answer() -> ResponseReturnValue:
@@ -257,7 +258,7 @@ def on_store(view: View, store: Store) -> Callable[[], ResponseReturnValue]:
         try:
             return view(store, request)
         except db.StoreError as error:
-            watch.refused(error, request)
+            watch.trouble(error, request)
             return STORE_ERROR_RESPONSES[type(error)]
 
     return answer
@@ -299,7 +300,7 @@ def app_or_exit() -> Flask:
         level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s"
     )
     for handler in logging.root.handlers:
-        handler.addFilter(watch.may_write)
+        handler.addFilter(watch.stderr_takes_a_line)
     require_own_settings()
     with one_line_for_a_failure():
         for name, likely in near_misses().items():
@@ -311,8 +312,8 @@ def __getattr__(name: str) -> Flask:
     """`app`, made when gunicorn or flask asks for it: a mere `import app` opens nothing."""
     if name != "app":
         raise AttributeError(name)
-    globals()[name] = app_or_exit()
-    return cast(Flask, globals()[name])
+    app = globals()["app"] = app_or_exit()
+    return app
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ process decides a sale, so any number of threads and processes may use the same 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from sqlite.wal import FlushError, StoppedError, WalDatabase, WalReader
 CREATE_PATIENCE_S = 5.0  # at the first start, however short the lock timeout
 CHECKPOINT_EVERY = 500  # sales; about 6 MB of WAL
 
-Presence = Callable[[], bool] | None  # whether the buyer still waits; None: nobody can tell
+BuyerIsThere = Callable[[], bool] | None  # whether the buyer still waits; None: nobody can tell
 
 
 class SQLiteStore:
@@ -32,26 +32,29 @@ class SQLiteStore:
         self, path: Path, item_name: str, initial_stock: int, lock_timeout_s: float
     ) -> None:
         self.file = WalDatabase(path)
-        self.faults = StoreErrors(path)
+        self.errors = StoreErrors(path)
         self.item_name = item_name
         self.initial_stock = initial_stock
         self.lock_timeout_s = lock_timeout_s
 
     def buy(
-        self, customer_id: str, idempotency_key: str | None = None, buyer_is_there: Presence = None
+        self,
+        customer_id: str,
+        idempotency_key: str | None = None,
+        buyer_is_there: BuyerIsThere = None,
     ) -> Purchase:
         """Sell one unit; when this returns, the purchase is on disk.
 
         The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy,
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the disk failed while
-        committing). Only a buyer without a key is asked for: a key settles what was missed.
+        committing). `buyer_is_there` is called only without a key: a buyer with one can ask again.
         """
         with (
-            self.faults,
-            self.file.reader(to_write=True) as reader,
+            self.errors,
+            self.file.running_reader() as reader,
             DurableRefusals(self.file, reader, idempotency_key),
         ):
-            # Without the lock first: nearly every request of a flash sale ends here.
+            # Without the lock: replays end here, and a SOLD OUT that isn't remembered.
             purchase = _find(reader, customer_id, idempotency_key)
             if purchase is None:
                 purchase = self._sell(reader, customer_id, idempotency_key, buyer_is_there)
@@ -61,10 +64,14 @@ class SQLiteStore:
         return purchase
 
     def _sell(
-        self, reader: WalReader, customer_id: str, idempotency_key: str | None, presence: Presence
+        self,
+        reader: WalReader,
+        customer_id: str,
+        idempotency_key: str | None,
+        buyer_is_there: BuyerIsThere,
     ) -> Purchase:
         def require_buyer_and_files() -> None:
-            if idempotency_key is None and presence is not None and not presence():
+            if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
                 raise BuyerGone
             reader.require_same_files()
 
@@ -72,28 +79,30 @@ class SQLiteStore:
             return _sell_one(connection, customer_id, idempotency_key)
 
     def find(self, customer_id: str, idempotency_key: str) -> Purchase | None:
-        """What the key has bought already, as `buy` replays it. Raises KeyReused and SoldOut."""
+        """What the key has bought already, as `buy` replays it. Raises KeyReused."""
         with (
-            self.faults,
-            self.file.reader(to_write=True) as reader,
+            suppress(SoldOut),  # it has bought nothing
+            self.errors,
+            self.file.running_reader() as reader,
             DurableRefusals(self.file, reader, idempotency_key),
         ):
             purchase = _find(reader, customer_id, idempotency_key)
             if purchase is not None:
                 self.file.flush(reader)
             return purchase
+        return None
 
     def inventory(self) -> Inventory:
-        with self.faults, self.file.reader() as reader:
+        with self.errors, self.file.reader() as reader:
             return Inventory(*_row(reader.connection, FIND_INVENTORY))
 
     def audit(self) -> Audit:
-        with self.faults, self.file.reader() as reader:
+        with self.errors, self.file.reader() as reader:
             return Audit(*_row(reader.connection, COUNT_PURCHASES))
 
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
-        with self.faults, self.file.reader(to_write=True) as reader:
+        with self.errors, self.file.running_reader() as reader:
             with self.file.begin_immediate(self.lock_timeout_s) as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
@@ -102,14 +111,14 @@ class SQLiteStore:
         self.file.checkpoint()
 
     def check(self) -> None:
-        """Go the whole way of a sale without selling: a full disk can still be read.
+        """Go the whole way of a sale without selling. A full disk can still be read.
 
         Raises Unavailable or Busy if no purchase could be made.
         """
         try:
-            with self.faults, self.file.reader(to_write=True) as reader:
+            with self.errors, self.file.running_reader() as reader:
                 with self.file.begin_immediate(self.lock_timeout_s) as connection:
-                    setup.has_our_tables(connection)
+                    setup.examine(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
                     connection.execute(f"PRAGMA user_version = {setup.SCHEMA_VERSION}")
@@ -121,7 +130,7 @@ class SQLiteStore:
     def create(self) -> None:
         """Make tables and first stock, if they aren't there; safe from many processes at once."""
         patience_s = max(self.lock_timeout_s, CREATE_PATIENCE_S)
-        with self.faults:
+        with self.errors:
             setup.create(self.file, patience_s, self.item_name, self.initial_stock)
             with closing(self.file.connect()) as connection:
                 _row(connection, FIND_STOCK)
@@ -151,7 +160,7 @@ class SQLiteStore:
 
 def _find(reader: WalReader, customer_id: str, idempotency_key: str | None) -> Purchase | None:
     purchase, _ = _look_up(reader.connection, customer_id, idempotency_key)
-    if purchase is not None:
+    if purchase is not None:  # a refusal checks them in confirm(), a sale before the lock
         reader.require_same_files()
     return purchase
 
@@ -185,8 +194,8 @@ def _sell_one(
     if purchase is not None:
         return purchase
     connection.execute(TAKE_UNIT)
-    row = connection.execute(RECORD_PURCHASE, (customer_id, idempotency_key, stock - 1))
-    return Purchase(row.lastrowid or 0, stock - 1, replayed=False)
+    recorded = connection.execute(RECORD_PURCHASE, (customer_id, idempotency_key, stock - 1))
+    return Purchase(recorded.lastrowid or 0, stock - 1, replayed=False)
 
 
 def _row(connection: sqlite3.Connection, statement: str, *parameters: object) -> tuple[Any, ...]:
@@ -238,11 +247,12 @@ class Audit(NamedTuple):
 
 
 class DurableRefusals:
-    """What a refusal rests on is put on disk before it is told, once after each change.
+    """Puts on disk what a refusal rests on, before it is told. Entering may refuse at once.
 
-    A SOLD OUT that still holds is told at once. `version` is read before the stock, as what comes
-    in between must not count as looked at. This and StoreErrors are classes, as a generator costs
-    a refusal 1 µs more.
+    The reader notes its last refusal and the database's version. A SOLD OUT at the same version is
+    told without a look at the stock. The version is read before the stock: a change in between
+    costs one more look, never a wrong refusal. Before the first refusal none is read, so sales
+    don't pay for it. This and StoreErrors are classes: a generator costs a refusal 1 µs more.
     """
 
     def __init__(self, file: WalDatabase, reader: WalReader, idempotency_key: str | None) -> None:
@@ -252,15 +262,15 @@ class DurableRefusals:
         self.version: object = None
 
     def __enter__(self) -> None:
-        remembered = self.reader.refusal
-        self.version = remembered and self.reader.version()
+        remembered = self.reader.note
+        self.version = self.reader.version() if remembered else None
         if self.idempotency_key is None and remembered == (SoldOut, self.version):
             raise SoldOut
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, SoldOut | KeyReused):
             self.file.confirm(self.reader)
-            self.reader.refusal = type(error), self.version
+            self.reader.note = type(error), self.version
 
 
 class StoreErrors:

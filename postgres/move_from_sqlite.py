@@ -15,7 +15,7 @@ import psycopg
 import db
 from postgres.store import PostgresStore
 from sqlite.engine import sqlite3
-from sqlite.setup import MOVED, has_our_tables
+from sqlite.setup import MOVED, examine
 from sqlite.wal import WalDatabase
 
 LOCK_TIMEOUT_S = 5.0  # for either database
@@ -35,7 +35,7 @@ def move(path: Path, url: str) -> db.Audit:
     with closing(WalDatabase(path.resolve()).connect(patience_s=LOCK_TIMEOUT_S)) as source:
         source.execute("PRAGMA synchronous = FULL")
         source.execute("BEGIN IMMEDIATE")
-        has_our_tables(source)
+        examine(source)
         item_name, initial_stock, *_ = source.execute(READ).fetchone()
         store = PostgresStore(url, item_name, initial_stock, LOCK_TIMEOUT_S)
         source.execute(MARK % str(store).replace("'", "''"))

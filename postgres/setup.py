@@ -24,7 +24,7 @@ def create(connections: Connections, item_name: str, stock: int, deadline: float
         if not has_our_tables(_ask(connection, deadline, EXAMINE)):
             _create_tables(connection, deadline, item_name, stock)
         examined = _ask(connection, deadline, EXAMINE)
-        has_our_tables(examined)
+        require(examined)
         connections.schema = examined[1]  # wherever a later search_path leads
         require(_ask(connection, deadline, COMPARE_IDS))
 

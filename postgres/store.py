@@ -19,12 +19,12 @@ from postgres.connections import Connections, Row, Statement, one_line, row_of
 
 RETRY_SLEEP_MAX_S = 0.01
 PATIENCE_MAX_S = 20.0  # gunicorn ends a worker 30 s after the lock timeout
-CREATE_PATIENCE_S = 5.0  # at the start, however short the lock timeout
 
 
 class PostgresStore:
     """Every verb raises Unavailable, with its cause, when the server can't be reached or used."""
 
+    stopped = ""  # here every fault ends without a restart
     concurrency_model = (
         "PostgreSQL, one statement and one row lock per purchase: UPDATE ... WHERE stock > 0"
     )
@@ -57,7 +57,7 @@ class PostgresStore:
 
         The same key again returns the same purchase, `replayed`. Raises SoldOut, KeyReused, Busy,
         BuyerGone and Unavailable (nothing was sold), or OutcomeUnknown (the connection was lost in
-        between). Only a buyer without a key is asked for, before each statement that may sell.
+        between). `buyer_is_there` is called only without a key, before each statement that sells.
         """
         deadline = time.monotonic() + self.lock_timeout_s
         if self._durable_zero:
@@ -65,7 +65,7 @@ class PostgresStore:
             if purchase_id is None and stock == 0 and version == self._durable_zero:
                 raise db.SoldOut
             self._durable_zero = ""
-        while True:
+        while True:  # again where SELL waited in vain and saw an old stock (sell.sql)
             if idempotency_key is None and buyer_is_there is not None and not buyer_is_there():
                 raise db.BuyerGone
             row = self._sell(deadline, customer_id, idempotency_key)
@@ -86,7 +86,8 @@ class PostgresStore:
         more lock timeout if need be. So those who come next are refused meanwhile, and not the
         whole stock is sold without a word.
         """
-        early, repeatable = None if self._careful else "off", idempotency_key is not None
+        early = None if self._careful else "off"
+        repeatable = idempotency_key is not None
         sale: Statement = (SELL, (idempotency_key, customer_id, early))
         asked = time.monotonic()
         try:
@@ -137,7 +138,7 @@ class PostgresStore:
 
         Safe from many processes at once. Existing tables are only read. No connection is left open.
         """
-        deadline = time.monotonic() + max(self.lock_timeout_s, CREATE_PATIENCE_S)
+        deadline = time.monotonic() + max(self.lock_timeout_s, db.CREATE_PATIENCE_S)
         try:
             setup.create(self._connections, self.item_name, self.initial_stock, deadline)
         except psycopg.Error as error:
@@ -181,7 +182,7 @@ class PostgresStore:
         """A row of each transaction; asked for again where that can't sell a second unit.
 
         `deadline`, of time.monotonic(), is that for the pool, the lock and all attempts together.
-        `repeatable`: though nobody knows whether the first attempt has sold.
+        `repeatable` allows another attempt even where the first may have sold.
         """
         started = time.monotonic()
         refusal: db.StoreError | None = None

@@ -33,7 +33,7 @@ def install(server: Any) -> None:
 
 
 def before_upgrade(server: Any) -> None:
-    """In the process that becomes the second master."""
+    """In the child that becomes the second master, which shares this memory with the first."""
     server.state[0] = SHARED
 
 

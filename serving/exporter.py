@@ -34,7 +34,7 @@ def install(server: Any, store: Any, host: str, port: int | None) -> None:
 
 
 def reap(server: Any, reap_workers: Callable[[], None], start: Callable[[], int]) -> None:
-    """As gunicorn does, which takes the process here for a stranger."""
+    """Reap as gunicorn does, count the dead, and start the metrics process again if it ended."""
     dead = sum(map(died, list(server.WORKERS)))
     if dead:
         metrics.instruments().worker_deaths.inc(dead)

@@ -59,8 +59,11 @@ def require_plain_request(environ: dict[str, Any]) -> None:
     if environ["REQUEST_METHOD"] != "POST":
         return
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-    own = origin is None or origin.partition("://")[2] == host
-    if not own if site is None else site not in ("same-origin", "none"):
+    if site is None:  # a browser on plain HTTP, or no browser
+        is_foreign = origin is not None and origin.partition("://")[2] != host
+    else:
+        is_foreign = site not in ("same-origin", "none")
+    if is_foreign:
         abort(403, "A page of another site sent this - send it from a page of this address.")
     if environ["QUERY_STRING"]:
         abort(400, "Nothing after a ? in the address is looked at - send a JSON body instead.")

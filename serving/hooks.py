@@ -33,7 +33,7 @@ def when_ready(server: Any) -> None:
 
 def pre_exec(server: Any) -> None:
     """An upgrade: in the process that becomes the second master."""
-    if stopped := getattr(store_of(server), "stopped", ""):  # a new master wouldn't know
+    if stopped := store_of(server).stopped:  # a new master wouldn't know
         cannot_start(stopped)
     draining.before_upgrade(server)
 

@@ -11,7 +11,7 @@ import gunicorn.util
 from serving.headers import SECURITY_HEADERS
 from serving.json_bodies import unreadable
 from serving.starting import cannot_start
-from serving.watch import may_write
+from serving.watch import stderr_takes_a_line
 
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 
@@ -22,7 +22,7 @@ def install() -> None:
     gunicorn.config.WorkerThreads.validator = staticmethod(require_one_thread)
     logging.getLogger("gunicorn.error").addFilter(shorten)
     for name in ("gunicorn.error", "gunicorn.access"):
-        logging.getLogger(name).addFilter(may_write)
+        logging.getLogger(name).addFilter(stderr_takes_a_line)
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:

@@ -71,10 +71,8 @@ class Instruments:
         )
 
     def all(self) -> list[Any]:
-        return [
-            *(self.durations, self.lock_waits, self.outcomes),
-            *(self.checkpoints, self.worker_deaths),
-        ]
+        counters = [self.outcomes, self.checkpoints, self.worker_deaths]
+        return [self.durations, self.lock_waits, *counters]
 
 
 @functools.cache
@@ -111,7 +109,7 @@ def outcome_of(kind: str) -> Any:
 
 
 def observer(paths: set[str]) -> Callable[[str, str, float], None]:
-    """What with_security_headers tells; paths that lead nowhere are one."""
+    """What with_security_headers calls for each answer. Every path but `paths` counts as other."""
 
     def observe(path: str, status: str, seconds: float) -> None:
         duration_of(path if path in paths else "other", status[:3]).observe(seconds)

@@ -13,7 +13,7 @@ from serving.json_bodies import json_response
 View = Callable[[Any, Request], Any]
 
 
-def buy(opens_at: datetime, sell: View, replay: View) -> View:
+def buy_from(opens_at: datetime, sell: View, replay: View) -> View:
     """Until then a purchase gets what `replay` knows of its key, or 403."""
 
     def buy_or_wait(store: Any, request: Request) -> Any:
@@ -31,7 +31,7 @@ def not_open(opens_at: datetime, left_s: float) -> Response:
     return json_response({"success": False, "message": message}, 403, {"Retry-After": retry_after})
 
 
-def tell(opens_at: datetime) -> View:
+def inventory_until(opens_at: datetime) -> View:
     """The inventory, with the opening."""
 
     def inventory_and_opening(store: Any, request: Request) -> Any:

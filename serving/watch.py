@@ -78,7 +78,7 @@ def tenths(stock: int, initial: int) -> int:
     return -(-stock * 10 // max(initial, 1))
 
 
-def refused(error: Exception, request: Any) -> None:
+def trouble(error: Exception, request: Any) -> None:
     """Count trouble. Log it with its cause, each kind at most once in TROUBLE_PAUSE_S."""
     kind = type(error).__name__
     if kind in EXPECTED:  # nearly every request of a flash sale
@@ -93,7 +93,7 @@ def refused(error: Exception, request: Any) -> None:
     log.error("%s %s: %s: %s", request.method, request.path, kind, error)
 
 
-def may_write(record: logging.LogRecord) -> bool:
+def stderr_takes_a_line(record: logging.LogRecord) -> bool:
     """Whether standard error takes a line now. A reader that stopped must not stop a sale.
 
     As a filter it drops the line: a pipe that is full says so before a write would wait.

@@ -69,17 +69,17 @@ def create(file: WalDatabase, patience_s: float, item_name: str, stock: int) -> 
     """The tables and the first stock, unless they are there. Waits `patience_s` for each lock."""
     require_usable(file.path)
     with closing(file.connect()) as connection:
-        is_ours = has_our_tables(connection)
+        is_ours = examine(connection)
         mode = retry_while_locked(connection, "PRAGMA journal_mode = WAL", patience_s).fetchone()
     if mode != ("wal",):
         raise OSError("this file system can't hold a WAL database")
     if not is_ours:
         with file.begin_immediate(patience_s) as connection:
-            if not has_our_tables(connection):  # else another process was first
+            if not examine(connection):  # else another process was first
                 create_tables(connection, item_name, stock)
 
 
-def has_our_tables(connection: sqlite3.Connection) -> bool:
+def examine(connection: sqlite3.Connection) -> bool:
     """False for a blank file. Raises OSError for another program's file, or another version's."""
     application_id, version, tables = connection.execute(
         "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"

@@ -66,7 +66,7 @@ class WalReader:
         self.file_id = file_id(database.path)
         self.next_check = time.monotonic() + REPLACED_CHECK_S
         self.flushed_version: object = None
-        self.refusal: object = None  # the caller's: what it refused last, and at which version
+        self.note: object = None  # the caller's own
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens WAL and shm
         self.wal_path, self.shm_path = f"{database.path}-wal", f"{database.path}-shm"
         self.wal = os.open(self.wal_path, os.O_RDONLY)
@@ -164,13 +164,13 @@ class WalDatabase:
             connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync stops at the disk's cache
         return connection
 
-    def reader(self, to_write: bool = False) -> WalReader:
-        """This process's standing connection, or one more while another thread uses it.
+    def running_reader(self) -> WalReader:
+        """For what writes or confirms: the reader, or StoppedError after a stop."""
+        self.require_running()
+        return self.reader()
 
-        Raises StoppedError where something is to be written or confirmed after a stop.
-        """
-        if to_write:
-            self.require_running()
+    def reader(self) -> WalReader:
+        """This process's standing connection, or one more while another thread uses it."""
         idle = self._idle[os.getpid()]  # a fork must not share them
         while True:
             try:
@@ -187,15 +187,15 @@ class WalDatabase:
     ) -> Iterator[sqlite3.Connection]:
         """The one place that begins, commits and rolls back, on a connection of its own.
 
-        `require` refuses by an exception. It is asked before the lock is taken, as nothing slow may
-        happen under it, and once more after a wait that was long. Raises LockTimeoutError,
-        StoppedError, and FlushError where nobody knows the outcome.
+        `require` refuses by an exception. It is asked before the lock is taken, because it is slow,
+        and again under the lock only where the wait was longer than LONG_WAIT_S. Raises
+        LockTimeoutError, StoppedError, and FlushError where nobody knows the outcome.
         """
         waited_s = None
         connection = self.connect(patience_s=0)
         try:
             started = time.monotonic()
-            retry_while_locked(connection, SET_SYNCHRONOUS, lock_timeout_s)  # opens WAL and shm
+            retry_while_locked(connection, SET_SYNCHRONOUS, lock_timeout_s)  # opens -wal and -shm
             require()
             retry_while_locked(connection, "BEGIN IMMEDIATE", lock_timeout_s, started)
             waited_s = time.monotonic() - started
@@ -235,7 +235,7 @@ class WalDatabase:
             raise FlushError(f"{reader.wal_path}: {self.stopped}")
 
     def confirm(self, reader: WalReader) -> None:
-        """Put what `reader` has read on disk, once after each change. Raises OSError."""
+        """Put on disk what `reader` has read, once after each change. Raises OSError."""
         version = reader.version()
         if version == reader.flushed_version:
             return
@@ -254,7 +254,7 @@ class WalDatabase:
         PASSIVE, which waits for no reader.
         """
         try:
-            with self.reader(to_write=True) as reader, self.begin_immediate(CHECKPOINT_PATIENCE_S):
+            with self.running_reader() as reader, self.begin_immediate(CHECKPOINT_PATIENCE_S):
                 frames, copied = self._copy_wal(reader)
         except (LockTimeoutError, StoppedError, FlushError, sqlite3.Error, OSError) as error:
             # What was committed is safe in the WAL.

@@ -257,6 +257,8 @@ def test_what_a_key_has_bought_is_found_and_nothing_is_sold(open_store: OpenStor
     with pytest.raises(db.KeyReused):
         store.find("bob", "key-1")
     assert store.audit() == (5, 4, 1)
+    store.reset(0)
+    assert store.find("alice", "key-1") is None  # nor is it refused: it has bought nothing
 
 
 def test_each_wait_for_the_lock_is_told(open_store: OpenStore) -> None:

@@ -91,11 +91,11 @@ def test_a_line_is_dropped_while_standard_error_takes_none(monkeypatch: pytest.M
     with open(reading, "rb") as reader, open(writing, "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         record = logging.LogRecord("x", logging.INFO, "", 0, "", (), None)
-        assert watch.may_write(record)
+        assert watch.stderr_takes_a_line(record)
         fill(writing)
-        assert not watch.may_write(record)
+        assert not watch.stderr_takes_a_line(record)
         reader.read(1 << 16)
-        assert watch.may_write(record)
+        assert watch.stderr_takes_a_line(record)
 
 
 def fill(pipe: int) -> None:
