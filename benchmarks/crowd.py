@@ -193,6 +193,12 @@ def allow_open_files(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(number + 100, hard)), hard))
 
 
+def require_open_files(number: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < number + 100:
+        raise ValueError(f"a process may open {hard} files, {number + 100} are needed (ulimit -Hn)")
+
+
 def press_buy(
     process: int, numbers: range, options: argparse.Namespace, moment: Any, results: Any
 ) -> None:
@@ -231,9 +237,21 @@ def rush(options: argparse.Namespace) -> tuple[int, float, list[Attempt]]:
 
 
 def stock_at(url: str) -> int:
+    """The units that are left. Raises ValueError, which says why no rehearsal is possible."""
     import requests
 
-    return int(requests.get(f"{url}/inventory", timeout=10).json()["current_stock"])
+    try:
+        answer = requests.get(f"{url}/inventory", timeout=10)
+        told = answer.json()
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        raise ValueError(f"no stock at {url}/inventory: {error}") from error
+    if answer.status_code != 200:
+        raise ValueError(f"{url}/inventory answered {answer.status_code}: {told}")
+    if not told.get("open", True):
+        raise ValueError(f"the sale opens at {told['opens_at']}")
+    if not told["current_stock"]:
+        raise ValueError("sold out - name a new file in DATABASE_URL and restart, or restock")
+    return int(told["current_stock"])
 
 
 def report(stock: int, buyers: int, attempts: list[Attempt]) -> dict[str, Any]:
@@ -267,8 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
     try:
         stock = stock_at(options.url)
-    except (OSError, ValueError, KeyError) as error:  # requests' errors are OSErrors
-        print(f"Cannot rehearse: no stock at {options.url}/inventory: {error}", file=sys.stderr)
+        require_open_files(min(options.buyers, BUYERS_PER_PROCESS))
+    except ValueError as error:
+        print(f"Cannot rehearse: {error}", file=sys.stderr)
         return 2
     connected, gathered_s, attempts = rush(options)
     figures = {"connected at once": connected, "connected after s": round(gathered_s, 2)}

@@ -43,7 +43,7 @@ def commands() -> list[str]:
     found: list[str] = []
     for text in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
         for line in text.splitlines():
-            if found and "<<EOF" in found[-1] and not found[-1].endswith("\nEOF"):
+            if found and "<<'EOF'" in found[-1] and not found[-1].endswith("\nEOF"):
                 found[-1] += f"\n{line}"
             else:
                 found.append(line)

@@ -151,7 +151,7 @@ def test_a_purchase_is_never_sent_a_second_time(tmp_path: Path) -> None:
         with nginx(tmp_path, free_port(), {line: both}) as port:
             answer = ask(port, buy("key-1"))
         assert (answer.status, answer.headers["retry-after"]) == (502, "1")
-        assert "retry with the same Idempotency-Key" in answer.json["message"]
+        assert "with an Idempotency-Key send the same request" in answer.json["message"]
         assert len(first.requests + second.requests) == 1
     (line,) = (tmp_path / "unanswered.log").read_text().splitlines()
     assert re.search(
@@ -168,7 +168,7 @@ def test_what_nobody_answers_in_time_may_have_sold(tmp_path: Path) -> None:
     with Upstream(never) as upstream, nginx(tmp_path, upstream.port, edits) as port:
         answer = ask(port, buy("key-1"))
     assert (answer.status, answer.headers["retry-after"]) == (504, "1")
-    assert "retry with the same Idempotency-Key" in answer.json["message"]
+    assert "with an Idempotency-Key send the same request" in answer.json["message"]
     assert '504 key="key-1"' in (tmp_path / "unanswered.log").read_text()
 
 

@@ -58,3 +58,22 @@ def test_the_rehearsal_fails_where_the_sale_does(fault: str) -> None:
         done = run_to_end([*CROWD, "--url", url, "--buyers", "20", "--limit", "3"])
     assert (done.returncode, figures(done.stdout)["proven"]) == (1, "False"), done.stderr
     assert FAULTS[fault] in done.stdout
+
+
+IMPOSSIBLE = {
+    "sold out": (200, '{"current_stock": 0}'),
+    "the sale opens at 20:00": (200, '{"current_stock": 3, "open": false, "opens_at": "20:00"}'),
+    "answered 503": (503, '{"message": "Server busy"}'),
+    "no stock at": (200, "<html>"),
+}
+
+
+@pytest.mark.parametrize("reason", IMPOSSIBLE)
+def test_what_cannot_be_rehearsed_is_said_in_a_line_before_anybody_buys(reason: str) -> None:
+    with Upstream(lambda request: reply(*IMPOSSIBLE[reason])) as upstream:
+        done = run_to_end([*CROWD, "--url", f"http://127.0.0.1:{upstream.port}", "--buyers", "20"])
+        assert len(upstream.requests) == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Cannot rehearse: ")
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
