@@ -103,7 +103,8 @@ class SQLiteStore:
     def reset(self, stock: int) -> None:
         """For testing: forget all purchases and put `stock` units on sale. Raises Busy."""
         with self.errors, self.file.running_reader() as reader:
-            with self.file.begin_immediate(self.lock_timeout_s) as connection:
+            lock = self.file.begin_immediate(self.lock_timeout_s, reader.require_same_files)
+            with lock as connection:
                 _row(connection, FIND_STOCK)
                 connection.execute("DELETE FROM purchases")
                 connection.execute(SET_STOCK, (stock, stock))
@@ -117,7 +118,8 @@ class SQLiteStore:
         """
         try:
             with self.errors, self.file.running_reader() as reader:
-                with self.file.begin_immediate(self.lock_timeout_s) as connection:
+                lock = self.file.begin_immediate(self.lock_timeout_s, reader.require_same_files)
+                with lock as connection:
                     setup.examine(connection)
                     _row(connection, FIND_STOCK)
                     # As it is, but written: SQLite skips an UPDATE that changes nothing.
@@ -250,9 +252,8 @@ class DurableRefusals:
     """Puts on disk what a refusal rests on, before it is told. Entering may refuse at once.
 
     The reader notes its last refusal and the database's version. A SOLD OUT at the same version is
-    told without a look at the stock. The version is read before the stock: a change in between
-    costs one more look, never a wrong refusal. Before the first refusal none is read, so sales
-    don't pay for it. This and StoreErrors are classes: a generator costs a refusal 1 µs more.
+    told without a look at the stock. The version is read before the stock, so a change in between
+    costs one more look. Sales read none. This is a class: a generator costs a refusal 1 µs more.
     """
 
     def __init__(self, file: WalDatabase, reader: WalReader, idempotency_key: str | None) -> None:

@@ -12,8 +12,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
+
+from serving.config import ConfigError, read_config
 
 DRAIN_LIMIT_S = 20  # for the buyers who wait in the backlog
 ORPHAN_DRAIN_LIMIT_S = 1  # the same when the master was killed, as the next one wants the port
@@ -30,6 +33,18 @@ def install(server: Any) -> None:
     server.handle_int = server.handle_term = functools.partial(stop, server)
     if getattr(server.app, "ends_with_its_terminal", False):  # else SIGHUP is a reload
         server.handle_hup = server.handle_term
+    else:
+        server.handle_hup = functools.partial(reload, server.handle_hup)
+
+
+def reload(handle_hup: Callable[[], object]) -> None:
+    """With settings that make no sense gunicorn would end the master."""
+    try:
+        read_config()
+    except ConfigError as error:
+        log.error("Not reloaded, the old settings stay: %s", error)
+    else:
+        handle_hup()
 
 
 def before_upgrade(server: Any) -> None:

@@ -1,5 +1,6 @@
 """JSON as it comes and goes: bodies that are whole and bounded, as RFC 8259 has them."""
 
+import io
 import json
 import re
 from typing import Any, NoReturn
@@ -75,6 +76,7 @@ def read_body(request: Request) -> bytes:
         body: bytes = request.environ["wsgi.input"].read(announced)
     except OSError:  # the client is gone
         body = b""
+    request.environ["wsgi.input"] = io.BytesIO()  # nobody waits for what has been read
     if len(body) < announced:  # gunicorn hands on whatever came (RFC 9112, 8)
         abort(400, "The body ended before its Content-Length - send all of it.")
     return body

@@ -5,6 +5,7 @@ add them up. The files of a master and its workers are in a folder that no other
 """
 
 import functools
+import logging
 import os
 import shutil
 import sys
@@ -32,6 +33,9 @@ DATABASE = {  # what a store's gauges() may tell
 
 
 WORKERS_EXPECTED: list[bool] = []  # by who will start gunicorn in this process
+FAILURES: list[bool] = []  # whether one was logged
+
+log = logging.getLogger(__name__)
 
 
 class Instruments:
@@ -101,6 +105,23 @@ def duration_of(route: str, status: str) -> Any:
     return instruments().durations.labels(route, status)
 
 
+def harmless(count: Callable[..., object]) -> Callable[..., None]:
+    """The same, but for its errors: figures whose files are gone must not stop a sale.
+
+    A process logs the first of them only.
+    """
+
+    def call(*arguments: object) -> None:
+        try:
+            count(*arguments)
+        except Exception:
+            if not FAILURES:
+                FAILURES.append(True)
+                log.exception("The metrics of this process can't be written")
+
+    return call
+
+
 @functools.cache
 def outcome_of(kind: str) -> Any:
     """The counter of an outcome, named like the class of the store's error: SoldOut is sold_out."""
@@ -114,7 +135,12 @@ def observer(paths: set[str]) -> Callable[[str, str, float], None]:
     def observe(path: str, status: str, seconds: float) -> None:
         duration_of(path if path in paths else "other", status[:3]).observe(seconds)
 
-    return observe
+    return harmless(observe)
+
+
+@harmless
+def count(kind: str) -> None:
+    outcome_of(kind).inc()
 
 
 class Sale:

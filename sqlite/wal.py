@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from sqlite.engine import CONNECT_OPTIONS, sqlite3
@@ -77,6 +77,7 @@ class WalReader:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, sqlite3.Error | OSError):
+            self._stop_if_files_were_removed()  # the next reader would take the new ones for ours
             self.close()  # it may be what is broken: the next call opens another
         else:
             self.idle.append(self)
@@ -90,6 +91,7 @@ class WalReader:
         if time.monotonic() < self.next_check:
             return True
         self.next_check = time.monotonic() + REPLACED_CHECK_S
+        self._stop_if_files_were_removed()
         return self._is_same_database()
 
     def require_same_files(self) -> None:
@@ -107,6 +109,10 @@ class WalReader:
             self.database.stop(FILES_REMOVED)
         self.database.require_running()
         raise OSError("the database was moved or replaced")
+
+    def _stop_if_files_were_removed(self) -> None:
+        with suppress(OSError, StoppedError):
+            self.require_same_files()
 
     def _is_same_database(self) -> bool:
         try:

@@ -15,6 +15,7 @@ from test_faults import GUNICORN, errors, mounting, stored
 from test_sqlite_store import execute
 
 import db
+from sqlite import wal
 from sqlite.engine import sqlite3
 
 MANY = 1_000
@@ -85,6 +86,37 @@ def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
             assert service.buy("alice", "key-new").status_code == 200
             assert service.buy("alice", "key-1").headers["Idempotent-Replayed"] == "true"
         assert stored(tmp_path / "inventory.db", MANY) == {*told, max(told) + 1}
+
+
+@pytest.mark.parametrize("removed", [["-wal", "-shm"], ["-wal"]], ids=["both", "the -wal"])
+def test_no_error_makes_it_forget_the_files_that_were_removed(
+    open_store: OpenStore, database: Path, removed: list[str]
+) -> None:
+    """SQLite itself fails first, where another process has written new ones meanwhile."""
+    store = open_store(stock=20)
+    store.buy("alice", "key-1")
+    for end in removed:
+        os.remove(f"{database}{end}")
+    with pytest.raises((db.Unavailable, db.RestartNeeded)):
+        store.check()
+    for key in ("key-1", "key-2", None):
+        with pytest.raises(db.RestartNeeded):
+            store.buy("alice", key)
+
+
+def test_a_sold_out_that_is_remembered_notices_removed_files_within_a_second(
+    open_store: OpenStore, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "REPLACED_CHECK_S", 0)
+    store = open_store(stock=0)
+    for _ in range(3):
+        with pytest.raises(db.SoldOut):
+            store.buy("alice")
+    os.remove(f"{database}-wal")
+    with pytest.raises((db.SoldOut, db.RestartNeeded)):
+        store.buy("alice")
+    with pytest.raises(db.RestartNeeded):
+        store.buy("alice")
 
 
 def test_nothing_is_replayed_on_a_wal_that_was_removed(

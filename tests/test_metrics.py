@@ -25,6 +25,7 @@ from sqlite.wal import FLUSH_FAILED
 
 MakeApp = Callable[..., Flask]
 SCRAPE_LIMIT_S = 0.5
+BROKEN = "The metrics of this process can't be written"
 Samples = dict[str, float]
 
 
@@ -274,3 +275,41 @@ def test_a_command_leaves_no_folder(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as done:
         assert done.wait(20) == 0
     assert folders(done.pid) == []
+
+
+def test_figures_that_cannot_be_written_stop_no_sale(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A unit would be sold, and its buyer told nothing."""
+
+    def fail(*_: object) -> None:
+        raise FileNotFoundError("histogram_1.db")
+
+    app = make_app()
+    monkeypatch.setattr(metrics, "FAILURES", [])
+    monkeypatch.setattr(metrics, "outcome_of", fail)
+    monkeypatch.setattr(metrics, "duration_of", fail)
+    app.extensions["store"].measure(metrics.harmless(fail), metrics.harmless(fail))
+    client = app.test_client()
+    assert [client.post("/buy_ticket").status_code for _ in range(6)] == [200] * 5 + [410]
+    assert caplog.text.count(BROKEN) == 1
+
+
+def test_a_worker_sells_on_when_the_folder_of_the_figures_was_removed(tmp_path: Path) -> None:
+    with Service(tmp_path, WEB_CONCURRENCY="1", TMPDIR=str(tmp_path)) as service:
+        assert service.buy().status_code == 200
+        (worker,) = service.workers()
+        folder = metrics_folder(service)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: set(service.workers()) - {worker}, 20, "no new worker")
+        assert [service.buy().status_code for _ in range(3)] == [200] * 3
+    assert service.log.count(BROKEN) == 1
+
+
+def metrics_folder(service: Service) -> Path:
+    parent = metrics.FOLDER_PARENT
+    (folder,) = parent.glob(f"flash-sale-metrics-{service.process.pid}-*")
+    return folder

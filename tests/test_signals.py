@@ -265,6 +265,16 @@ def test_the_demo_ends_with_its_terminal_but_under_nohup(tmp_path: Path, nohup: 
     assert "was sent SIGHUP" not in service.log
 
 
+def test_a_reload_with_settings_that_make_no_sense_is_refused(copy_of_the_program: Path) -> None:
+    command = (sys.executable, "-m", "gunicorn", "app:app")
+    with Service(copy_of_the_program, *command, cwd=copy_of_the_program) as service:
+        (copy_of_the_program / ".env").write_text("LOCK_TIMEOUT=5s\n")
+        service.process.send_signal(signal.SIGHUP)
+        told = "Not reloaded, the old settings stay: LOCK_TIMEOUT has to be a number"
+        wait_until(lambda: told in service.log, 20, "the reload wasn't refused")
+        assert service.buy().status_code == 200
+
+
 def replace_workers(service: Service) -> None:
     wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
     old = set(service.workers())

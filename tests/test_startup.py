@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from conftest import OpenStore
 from service import (
     PROJECT,
     Service,
@@ -25,8 +26,12 @@ from service import (
 )
 from test_sqlite_store import write_lock
 
+import db
+from sqlite import setup
+
 LOCAL_DEMO = (sys.executable, "app.py")
 GUNICORN = (sys.executable, "-m", "gunicorn", "app:app")
+JSON = {"Content-Type": "application/json"}
 FLASK = (sys.executable, "-m", "flask", "--app", "app", "run", "--port")
 WITHOUT_GUNICORN = (
     sys.executable,
@@ -243,6 +248,10 @@ def test_flask_run_serves_the_same_app(tmp_path: Path) -> None:
     port = str(free_port())
     with Service(tmp_path, *FLASK, port, PORT=port) as service:
         assert service.buy().json()["remaining_stock"] == 99
+        # Its input has no end: who waits for more than the body's length waits for ever.
+        for body in ("{x}", '{"customer": "bob"}'):
+            refused = requests.post(f"{service.url}/buy_ticket", body, headers=JSON, timeout=10)
+            assert refused.status_code == 400
         assert service.process.poll() is None
 
 
@@ -385,6 +394,16 @@ def test_a_file_that_the_workers_user_cannot_write_is_refused_by_its_owner(
     assert f"Cannot start: {path}: {refusal}\n" in done.stderr
     assert "Selling" not in done.stderr
     assert path.stat().st_uid == 0
+
+
+@pytest.mark.parametrize("beside", ["-wal", "-shm"])
+def test_a_file_beside_it_that_cannot_be_written_is_named(
+    open_store: OpenStore, database: Path, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    open_store().buy("alice")  # its reader stays open, so both are there
+    monkeypatch.setattr(setup, "may_write", lambda place: not place.name.endswith(beside))
+    with pytest.raises(db.Unavailable, match=f"inventory.db{beside} is read-only"):
+        open_store()
 
 
 def test_the_workers_user_sells_from_a_file_of_its_own(open_folder: Path) -> None:
