@@ -92,7 +92,6 @@ def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
 def test_no_error_makes_it_forget_the_files_that_were_removed(
     open_store: OpenStore, database: Path, removed: list[str]
 ) -> None:
-    """SQLite itself fails first, where another process has written new ones meanwhile."""
     store = open_store(stock=20)
     store.buy("alice", "key-1")
     for end in removed:
@@ -100,6 +99,24 @@ def test_no_error_makes_it_forget_the_files_that_were_removed(
     with pytest.raises((db.Unavailable, db.RestartNeeded)):
         store.check()
     for key in ("key-1", "key-2", None):
+        with pytest.raises(db.RestartNeeded):
+            store.buy("alice", key)
+
+
+def test_nor_does_it_where_another_process_sells_in_new_files_already(
+    open_store: OpenStore, database: Path
+) -> None:
+    """Then SQLite itself fails, before anything is looked at: the new WAL is the shorter one."""
+    store = open_store(stock=50)
+    for number in range(20):
+        store.buy("alice", f"key-{number}")
+    for end in ("-wal", "-shm"):
+        os.remove(f"{database}{end}")
+    sell = f"db.SQLiteStore(pathlib.Path({str(database)!r}), '', 0, 5).buy('bob')"
+    assert run_to_end([sys.executable, "-c", f"import db, pathlib; {sell}"]).returncode == 0
+    with pytest.raises(db.Unavailable):
+        store.buy("alice")
+    for key in ("key-1", None):
         with pytest.raises(db.RestartNeeded):
             store.buy("alice", key)
 
