@@ -4,6 +4,8 @@ import os
 import shlex
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -119,6 +121,32 @@ def test_nor_does_it_where_another_process_sells_in_new_files_already(
     for key in ("key-1", None):
         with pytest.raises(db.RestartNeeded):
             store.buy("alice", key)
+
+
+def test_under_load_removed_files_stop_all_workers_and_no_id_is_given_twice(tmp_path: Path) -> None:
+    ids: list[int] = []
+    over = threading.Event()
+
+    def shop(service: Service) -> None:
+        while not over.is_set():
+            answer = service.buy()
+            if answer.status_code == 200:
+                ids.append(answer.json()["purchase_id"])
+
+    with Service(tmp_path, INITIAL_STOCK="100000") as service, ThreadPoolExecutor(4) as crowd:
+        buyers = [crowd.submit(shop, service) for _ in range(4)]
+        try:
+            wait_until(lambda: len(ids) > 1200, 60, "too few are sold")
+            for end in ("-wal", "-shm"):
+                os.remove(f"{tmp_path}/inventory.db{end}")
+            told = "the -wal or -shm was removed"
+            wait_until(lambda: told in service.log, 20, "the sale went on")
+        finally:
+            over.set()
+        for buyer in buyers:
+            buyer.result()
+        assert {service.buy().status_code for _ in range(8)} == {503}
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_sold_out_that_is_remembered_notices_removed_files_within_a_second(
