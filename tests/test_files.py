@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import OpenStore
-from service import Service, need, run_to_end, wait_until
+from service import Service, need, run_to_end, send_at_once, wait_until
 from test_faults import GUNICORN, errors, mounting, stored
 from test_sqlite_store import execute
 
@@ -62,6 +62,17 @@ def assert_stopped(service: Service, known: str) -> None:
         wait_until(lambda: len(service.workers()) == 2, 20, "no new workers")
 
 
+def all_have_read(service: Service) -> bool:
+    """An idle worker opens nothing, and would take the new files for the right ones."""
+    send_at_once(service.port, [b"GET /inventory HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 8)
+    opened = [os.listdir(f"/proc/{worker}/fd") for worker in service.workers()]
+    links = [
+        [os.readlink(f"/proc/{worker}/fd/{number}") for number in numbers]
+        for worker, numbers in zip(service.workers(), opened, strict=True)
+    ]
+    return all(any(link.endswith("-wal") for link in own) for own in links)
+
+
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
 @pytest.mark.parametrize("how", ["removed", "replaced"])
 def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
@@ -70,6 +81,7 @@ def test_a_sale_whose_wal_or_shm_is_touched_stops_until_a_restart(
     with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="2", INITIAL_STOCK=str(MANY)) as service:
         wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
         told = [service.buy("alice", f"key-{n}").json()["purchase_id"] for n in range(40)]
+        wait_until(lambda: all_have_read(service), 20, "one worker has served nobody")
         touched = Path(f"{tmp_path}/inventory.db{suffix}")
         content = touched.read_bytes() if suffix == "-wal" else b""
         touched.unlink()
