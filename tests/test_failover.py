@@ -191,7 +191,8 @@ def test_buyers_without_keys_take_no_more_than_a_few_units_while_the_standby_sta
         over.set()
         answers = [answer for buyer in buyers for answer in buyer.result()]
     meanwhile = {status for start, end, status in answers if stopped < start and end < resumed}
-    assert meanwhile <= {500, 503}  # where the machine is slow the 500 may come a moment later
+    # Where the machine is slow the 500 may come a moment later.
+    assert meanwhile in ({503}, {500, 503})
     statuses = Counter(status for _, _, status in answers)
     assert 0 < statuses[500] <= allowed
     audit = service.get("/audit")

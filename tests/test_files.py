@@ -65,12 +65,10 @@ def assert_stopped(service: Service, known: str) -> None:
 def all_have_read(service: Service) -> bool:
     """An idle worker opens nothing, and would take the new files for the right ones."""
     send_at_once(service.port, [b"GET /inventory HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 8)
-    opened = [os.listdir(f"/proc/{worker}/fd") for worker in service.workers()]
-    links = [
-        [os.readlink(f"/proc/{worker}/fd/{number}") for number in numbers]
-        for worker, numbers in zip(service.workers(), opened, strict=True)
-    ]
-    return all(any(link.endswith("-wal") for link in own) for own in links)
+    return all(
+        any(os.readlink(file).endswith("-wal") for file in Path(f"/proc/{worker}/fd").iterdir())
+        for worker in service.workers()
+    )
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
