@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -195,19 +195,19 @@ def answer_http_error(error: HTTPException) -> ResponseReturnValue:
 # ---- The app
 
 
-STORE_SETTINGS = ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT", "DB_POOL_SIZE", "DB_POOL_TIMEOUT")
+def open_store(url: str, *sale: Any, pool: Sequence[Any] = ()) -> Store:
+    """The store that `url` names, which opens nothing yet; only PostgreSQL's has a pool.
 
-
-def open_store(url: str, *settings: Any) -> Store:
-    """The store that `url` names, by STORE_SETTINGS. It opens nothing yet. Raises ConfigError."""
+    `sale` is the item's name, the initial stock, the lock timeout in seconds. Raises ConfigError.
+    """
     if url.startswith(("postgresql://", "postgres://")):
         try:
             from postgres.store import PostgresStore
         except ImportError as error:
             needs = "needs pip install -r postgres/requirements.txt"
             raise ConfigError(f"DATABASE_URL {needs} ({error})") from error
-        return PostgresStore(url, *settings)
-    return db.SQLiteStore(sqlite_file(url), *settings[:3])
+        return PostgresStore(url, *sale, *pool)
+    return db.SQLiteStore(sqlite_file(url), *sale)
 
 
 def create_app(**config: Any) -> Flask:
@@ -220,8 +220,9 @@ def create_app(**config: Any) -> Flask:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # its 200 isn't JSON
     app.url_map.merge_slashes = False  # /docs//x is a 404 in JSON, not a redirect in HTML
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    settings = [app.config[name] for name in STORE_SETTINGS]
-    app.extensions["store"] = store = open_store(app.config["DATABASE_URL"], *settings)
+    sale = [app.config[name] for name in ("ITEM_NAME", "INITIAL_STOCK", "LOCK_TIMEOUT")]
+    pool = [app.config[name] for name in ("DB_POOL_SIZE", "DB_POOL_TIMEOUT")]
+    app.extensions["store"] = store = open_store(app.config["DATABASE_URL"], *sale, pool=pool)
     routes = {endpoint: view for endpoint, (view, _) in ROUTES.items()}
     if opens_at := app.config["SALE_STARTS_AT"]:
         routes["POST /buy_ticket"] = opening.buy_from(opens_at, buy_ticket, replay)

@@ -28,7 +28,7 @@ try:
 
     from proof.api import Api, CannotJudge
     from proof.buyers import hold_crowded_sale, hold_sale
-    from proof.checker import find_violations
+    from proof.checker import Violation, find_violations
     from proof.history import History, Reading
     from proof.limits import require_open_files, stop_once, time_limit
     from proof.options import Options, with_options
@@ -190,33 +190,46 @@ def sales(api: Api, stock: int, *plans: Sequence[Crowd]) -> Iterator[History]:
 
 
 def judge(number: int, title: str, sales_of_test: Iterator[History] | None) -> Result:
-    """Hold the sales of one test. The negative control passes by being caught."""
+    """Hold the sales of one test, and check their histories."""
     if sales_of_test is None:
         reason = "no server of its own, or no workers to kill"
         return Result(number, title, SKIPPED, [(False, reason)])
     print(f"\n{RULE}\nTEST {number}: {title}\n{RULE}")
-    result = Result(number, title, INCONCLUSIVE, [])
+    histories, unjudged = hold(sales_of_test)
+    violations = find_violations(histories)
+    checks = checks_of(number, histories, violations)
+    verdict = INCONCLUSIVE
+    if violations and number:
+        verdict = FAILED
+    elif not unjudged and all(ok for ok, _ in checks):
+        verdict = PASSED
+    return Result(number, title, verdict, checks, violations, histories, unjudged)
+
+
+def hold(sales_of_test: Iterator[History]) -> tuple[list[History], str]:
+    """The histories, and why it ended early; "" if it didn't."""
+    histories = []
     try:
         for history in sales_of_test:
-            result.histories.append(history)
+            histories.append(history)
             if history.unjudged:
-                raise CannotJudge(history.unjudged)
+                return histories, history.unjudged
     except CannotJudge as error:
-        result.unjudged = str(error)
-    result.violations = find_violations(result.histories)
+        return histories, str(error)
+    return histories, ""
+
+
+def checks_of(
+    number: int, histories: Sequence[History], violations: Sequence[Violation]
+) -> list[tuple[bool, str]]:
+    """What the verdict rests on, each with its line. The negative control has to be caught."""
     if number == 0:
-        kinds = ", ".join(sorted({v.kind for v in result.violations})) or "it did not"
-        caught = f"The checker catches a seller without a lock: {kinds}"
-        result.checks = [(bool(result.violations), caught)]
-    elif result.histories:
-        result.checks = equalities(result.histories, result.violations)
-    if number == 5 and result.histories:
-        result.checks.append(kills_in(result.histories))
-    if result.violations and number:
-        result.verdict = FAILED
-    elif not result.unjudged and all(ok for ok, _ in result.checks):
-        result.verdict = PASSED
-    return result
+        kinds = ", ".join(sorted({v.kind for v in violations})) or "it did not"
+        return [(bool(violations), f"The checker catches a seller without a lock: {kinds}")]
+    if not histories:
+        return []
+    checks = equalities(histories, violations)
+    return [*checks, kills_in(histories)] if number == 5 else checks
 
 
 def kills_in(histories: Iterable[History]) -> tuple[bool, str]:

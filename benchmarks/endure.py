@@ -42,6 +42,7 @@ SALE_LIMIT_S = 120.0
 LOCK_TIMEOUT_S = 1.0
 HANGS_UP, HAS_KEY = 0.02, 0.5  # shares of the buyers
 FAULT_PAUSE_S = (0.05, 0.8)
+LOG_LINES = 60  # shown where the service didn't do as it was told
 
 # Run by another process: one must not open a file with two copies of SQLite.
 HOLD_LOCK = """
@@ -113,7 +114,9 @@ class Shop:
             os.kill(self.master, signal.SIGUSR2)  # ignored for a second after the last upgrade
             with suppress(TimeoutError):
                 wait_for(self.successors, 3)
-        (successor,) = self.successors()
+        if not (found := self.successors()):
+            raise TimeoutError("no second master came up")
+        (successor,) = found
         wait_for(lambda: len(children_of(successor)) >= WORKERS, 30)
         self.end_master(signal.SIGTERM)
         self.master = successor
@@ -342,6 +345,10 @@ def endure(options: argparse.Namespace, folder: Path) -> int:
             unclear += sum(a.status == LOST for a in sale.attempts)
             if violations:
                 return tell_violations(sale, violations, options.seed)
+    except Exception:
+        print(f"seed {options.seed}, sale {number}, the end of the service's log:")
+        print("".join(shop.started[-1].log.splitlines(keepends=True)[-LOG_LINES:]))
+        raise
     finally:
         shop.close()
     print(f"{number} sales of {STOCK} units: {sold:,} times 200, {unclear} unanswered")

@@ -185,28 +185,29 @@ class PostgresStore:
         `repeatable` allows another attempt even where the first may have sold.
         """
         started = time.monotonic()
-        refusal: db.StoreError | None = None
-        unknown: db.OutcomeUnknown | None = None
+        earlier: db.StoreError | None = None  # of the attempts before; an unknown outcome stays
         while True:
             try:
                 outcomes = self._connections.ask(deadline, *transactions, patience_s=patience_s)
             except db.StoreError as error:  # no connection: what went before says more
-                raise unknown or refusal or error from error
+                raise earlier or error from error
             except psycopg.Error as error:  # before anything was sent
                 outcomes = [error]
             failure = next((o for o in outcomes if isinstance(o, psycopg.Error)), None)
-            if failure is None and all(outcomes):
-                return [row_of(outcome) for outcome in outcomes]
             if failure is None:
-                raise db.Unavailable("the inventory table is empty")
-            refusal = _refusal(failure, time.monotonic() - started)
-            again = isinstance(failure, UNDONE)
-            if failure is not outcomes[0]:  # the first, a sale perhaps, is there, on some disk
+                if not all(outcomes):
+                    raise db.Unavailable("the inventory table is empty")
+                return [row_of(outcome) for outcome in outcomes]
+            if failure is outcomes[0]:
+                refusal = _refusal(failure, time.monotonic() - started)
+            else:  # the first, a sale perhaps, is there, on some disk
                 refusal = db.OutcomeUnknown(one_line(failure))
-            if isinstance(refusal, db.OutcomeUnknown):
-                unknown, again = refusal, repeatable
+            if not isinstance(earlier, db.OutcomeUnknown):
+                earlier = refusal
+            is_unknown = isinstance(refusal, db.OutcomeUnknown)
+            again = repeatable if is_unknown else isinstance(failure, UNDONE)
             if not again or time.monotonic() > deadline:
-                raise unknown or refusal from failure
+                raise earlier from failure
             time.sleep(random.uniform(0, RETRY_SLEEP_MAX_S))  # noqa: S311
 
 

@@ -1,4 +1,7 @@
-"""The service as a client knows it: one request over HTTP, and the calls around a sale."""
+"""The service as a client knows it: one request over HTTP, and the calls around a sale.
+
+Purchases go by http.client, as `requests` can't make one ready up to its last byte.
+"""
 
 import http.client
 import json
