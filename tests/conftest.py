@@ -1,6 +1,7 @@
 """Each test gets its own database, the stores that keep the contract, and a test client."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,12 @@ from service import PROJECT
 from sqlite.engine import sqlite3
 
 OpenStore = Callable[..., Any]
+
+# A run under nohup or in the background ignores these, and what it starts would too. A handler that
+# does nothing isn't inherited.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_an_exception_in_the_hook_does_not_end_a_stop(tmp_path: Path) -> None:
     with Service(tmp_path, *patched(only_at_the_stop)) as service:
         assert service.buy().status_code == 200
         assert service.stop(signal.SIGTERM) == 0
-    assert service.log.count("no right") == 1
+    assert service.log.count("PermissionError: no right") == 1  # newer Pythons show its line, too
 
 
 def test_orphans_end_with_their_master_and_a_new_start_serves(tmp_path: Path) -> None:
