@@ -91,8 +91,9 @@ class Shop:
         gunicorn = str(Path(sys.executable).with_name("gunicorn"))
         service = Service(self.folder, gunicorn, "app:app", **self.variables)
         self.started.append(service)
-        service.__enter__()
+        service.__enter__()  # perhaps it is a killed master's last worker that answers
         self.master = service.process.pid
+        wait_for(self.workers, 60)  # a master that is still loading ends by any signal
 
     def workers(self) -> list[int]:
         """The master's children but for the process that serves the metrics."""
