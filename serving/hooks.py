@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serving import draining, exporter, metrics, watch
+from serving import draining, exporter, metrics, patience, watch
 from serving.starting import acting_as, cannot_start, short_queue
 
 
@@ -43,6 +43,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
+    patience.begin_work(worker)
     draining.begin_work(worker)
 
 

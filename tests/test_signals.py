@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -169,6 +169,41 @@ def test_sigterm_under_load_loses_no_request_that_was_sent(
         assert service.stop(signal.SIGTERM) == 0
         assert time.monotonic() - started < 5
         rush.check_that_nobody_was_lost(tmp_path)
+    assert "Traceback" not in service.log
+
+
+def test_connections_without_a_request_hold_up_no_stop(tmp_path: Path) -> None:
+    """As a browser opens them; one worker waits for such a one, one for the rest of a body."""
+    with Service(tmp_path, WEB_CONCURRENCY="2") as service, ExitStack() as clients:
+        silent, half, buyer = (
+            clients.enter_context(socket.create_connection(("127.0.0.1", service.port), 20))
+            for _ in range(3)
+        )
+        half.sendall(b"POST /buy_ticket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        buyer.sendall(purchase_request("alice"))
+        wait_until(lambda: backlog(service.port) == 1, 20, "the buyer doesn't wait")
+        started = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert buyer.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert b"The body ended before its Content-Length" in half.recv(65536)
+        assert silent.recv(65536) == b""
+        buyer.close()
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - started < 10  # it was 50
+    assert purchases(tmp_path) == 1
+
+
+def test_a_connection_without_a_request_gives_its_worker_back(tmp_path: Path) -> None:
+    soon = "import serving.patience; serving.patience.REQUEST_LIMIT_S = 1"
+    with (
+        Service(tmp_path, *patched(soon), WEB_CONCURRENCY="1") as service,
+        socket.create_connection(("127.0.0.1", service.port), 20) as silent,
+    ):
+        (worker,) = service.workers()
+        wait_until(lambda: backlog(service.port) == 0, 20, "nobody accepts")
+        assert service.buy().status_code == 200
+        assert silent.recv(1) == b""
+        assert service.workers() == [worker]  # gunicorn didn't have to kill it
     assert "Traceback" not in service.log
 
 
