@@ -21,7 +21,7 @@ from werkzeug.exceptions import HTTPException
 
 import db
 from serving import buyers, json_bodies, metrics, opening, pages, watch
-from serving.config import ConfigError, near_misses, read_config, sqlite_file
+from serving.config import ConfigError, read_config, sqlite_file, unknown_variables
 from serving.headers import (
     idempotency_key_of,
     may_reset,
@@ -187,6 +187,8 @@ def answer_http_error(error: HTTPException) -> ResponseReturnValue:
                 break
     response = cast(Response, error.get_response())
     message = HINTS.get(response.status_code, error.description)
+    if response.status_code == 500 and request_proxy.method != "POST":
+        message = "Something failed here - the log of the service has the cause."
     response.set_data(json_bodies.encode({"success": False, "message": message}) + "\n")
     response.content_type = "application/json"
     return response
@@ -304,8 +306,9 @@ def app_or_exit() -> Flask:
         handler.addFilter(watch.stderr_takes_a_line)
     require_own_settings()
     with one_line_for_a_failure():
-        for name, likely in near_misses().items():
-            log.warning("The variable %s means nothing here - is it %s?", name, likely)
+        for name, likely in unknown_variables().items():
+            hint = f" - is it {likely}?" if likely else ""
+            log.warning("The variable %s means nothing here%s", name, hint)
         return create_app()
 
 

@@ -10,11 +10,11 @@ from serving import http_errors, patience
 from serving.config import ConfigError, address, read_config
 from serving.draining import DRAIN_LIMIT_S
 from serving.hooks import (  # noqa: F401  (gunicorn calls them)
-    on_exit,
     on_starting,
     post_fork,
     post_worker_init,
     pre_exec,
+    pre_fork,
     when_ready,
     worker_exit,
 )

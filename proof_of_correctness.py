@@ -291,7 +291,9 @@ def conclude(options: Options, results: Sequence[Result], reason: str) -> int:
     try:
         write_files(options, results, f"{conclusion} (seed {options.seed})", judged)
     except Exception as error:
-        status, conclusion = verdict(results, options.tests, in_one_line(error))
+        reason = f"what was asked for can't be written: {in_one_line(error)}"
+        print(reason, file=sys.stderr)
+        status, conclusion = verdict(results, options.tests, reason)
     print(f"\n{RULE}\n{conclusion} (seed {options.seed})")
     if status == 0:
         print(statistics_line(judged), flush=True)

@@ -1,6 +1,7 @@
 """The service's variables: defaults, and which values make sense. See .env.example."""
 
 import difflib
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -8,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dotenv import load_dotenv
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
 MAX_STOCK = 1_000_000_000
@@ -43,16 +45,17 @@ def read_config(**overrides: Any) -> dict[str, Any]:
 
     Blanks and line ends around a value don't count, and an empty value counts as unset.
     """
-    _load_env_file()
-    values = {**os.environ, **overrides}
-    given = {name: _cleaned(name, values[name]) for name in VARIABLES if name in values}
-    given = {name: text for name, text in given.items() if text}
+    given: dict[str, str] = {}
+    for source in (env_file(), os.environ, overrides):
+        texts = {name: _cleaned(name, source[name]) for name in VARIABLES if name in source}
+        given |= {name: text for name, text in texts.items() if text}
     config: dict[str, Any] = {name: given.get(name, default) for name, default in TEXTS.items()}
     config |= {name: _choice(name, given.get(name), choices) for name, choices in CHOICES.items()}
     config |= {name: _number(name, given.get(name), *limits) for name, limits in NUMBERS.items()}
     config["SALE_STARTS_AT"] = _moment("SALE_STARTS_AT", given.get("SALE_STARTS_AT"))
     if not NAME.fullmatch(config["ITEM_NAME"]):
         raise ConfigError("ITEM_NAME has to be 1 to 128 characters long")
+    config["HOST"] = config["HOST"].strip("[]")  # of an IPv6 address, as in a URL
     if config["METRICS_PORT"] == config["PORT"]:
         raise ConfigError(f"METRICS_PORT has to be another one than PORT, {config['PORT']}")
     if config["DB_POOL_TIMEOUT"] is None:
@@ -60,22 +63,32 @@ def read_config(**overrides: Any) -> dict[str, Any]:
     return config
 
 
-def _load_env_file() -> None:
+def env_file() -> dict[str, str | None]:
+    """What .env says now. It is read anew by each start, reload and upgrade."""
     try:
-        load_dotenv(ENV_FILE)
+        text = ENV_FILE.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeError) as error:
         raise ConfigError(f".env can't be read: {error}") from error
+    wrong = next((line for line in parse_stream(io.StringIO(text)) if line.error), None)
+    if wrong is not None:
+        raise ConfigError(f".env, line {wrong.original.line}: write NAME=value")
+    return dotenv_values(stream=io.StringIO(text))
 
 
-def near_misses() -> dict[str, str]:
-    """Variables that are set and mean nothing here, and the one that each is nearly called."""
-    _load_env_file()
-    others = {name: name.upper() for name in os.environ if name not in VARIABLES}
-    found = {
-        name: difflib.get_close_matches(spelt, VARIABLES, 1, LIKENESS_MIN)
-        for name, spelt in others.items()
-    }
-    return {name: likely[0] for name, likely in found.items() if likely}
+def unknown_variables() -> dict[str, str]:
+    """Variables that mean nothing here, and the one that each is nearly called, or "".
+
+    In .env these are all others, in the environment only those that are nearly called like one.
+    """
+    names = {name: name in env_file() for name in (*os.environ, *env_file())}
+    found = {}
+    for name, is_ours in names.items():
+        likely = difflib.get_close_matches(name.upper(), VARIABLES, 1, LIKENESS_MIN)
+        if name not in VARIABLES and (likely or is_ours):
+            found[name] = likely[0] if likely else ""
+    return found
 
 
 def sqlite_file(url: str) -> Path:
@@ -92,7 +105,10 @@ def sqlite_file(url: str) -> Path:
             "DATABASE_URL may have no ?, # or % after sqlite:///, as no options follow the file"
             f" and nothing in its name is escaped - write sqlite:///{plain}"
         )
-    return Path(path).resolve()  # SQLite puts the WAL where a link leads
+    try:
+        return Path(path).resolve()  # SQLite puts the WAL where a link leads
+    except RuntimeError as error:  # links that lead to each other, before Python 3.13
+        raise ConfigError(f"DATABASE_URL: {error}") from error
 
 
 def address(config: Mapping[str, Any]) -> str:

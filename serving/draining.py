@@ -9,6 +9,7 @@ import functools
 import logging
 import mmap
 import os
+import queue
 import signal
 import threading
 import time
@@ -30,19 +31,23 @@ def install(server: Any) -> None:
     server.state = mmap.mmap(-1, 1)  # of all processes, as they share this memory
     server.state[0] = SHARED if server.systemd or server.master_pid else RUNNING
     server.lifeline = os.pipe()  # only the master keeps the end that writes: it closes as he dies
-    server.handle_int = server.handle_term = functools.partial(stop, server)
+    server.handle_int = server.handle_quit = server.handle_term = functools.partial(stop, server)
     if getattr(server.app, "ends_with_its_terminal", False):  # else SIGHUP is a reload
         server.handle_hup = server.handle_term
     else:
-        server.handle_hup = functools.partial(reload, server.handle_hup)
+        server.handle_hup = functools.partial(reload, server, server.handle_hup)
 
 
-def reload(handle_hup: Callable[[], object]) -> None:
-    """With settings that make no sense gunicorn would end the master."""
+def reload(server: Any, handle_hup: Callable[[], object]) -> None:
+    """Where a variable makes no sense, or gunicorn.conf.py fails, gunicorn would end the master."""
+    settings = server.app.cfg
     try:
         read_config()
-    except ConfigError as error:
-        log.error("Not reloaded, the old settings stay: %s", error)
+        server.app.reload()
+    except (Exception, SystemExit) as error:
+        server.app.cfg = settings
+        cause = error if isinstance(error, ConfigError) else "gunicorn.conf.py failed, see above"
+        log.error("Not reloaded, the old settings stay: %s", cause)
     else:
         handle_hup()
 
@@ -53,12 +58,23 @@ def before_upgrade(server: Any) -> None:
 
 
 def stop(server: Any) -> NoReturn:
-    """Close the queue, unless another master or systemd goes on listening."""
+    """Close the queue, unless another master or systemd goes on listening.
+
+    A second Ctrl-C would have gunicorn interrupt sales: it is ignored, as the stop is bounded.
+    Where the whole process group was told, workers may have ended before they knew of a stop. One
+    that is born now knows, and answers whoever still waits.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(queue.Empty):
+        while True:
+            server.SIG_QUEUE.get_nowait()
     # gunicorn itself notices only within a second that the old master is gone.
     is_second = server.master_pid and server.master_pid == os.getppid()
     if not (server.reexec_pid or is_second or server.systemd):
         server.state[0] = STOPPING
         close_queue(server.LISTENERS)
+        server.spawn_worker()
     raise StopIteration  # as gunicorn's own handle_term does
 
 

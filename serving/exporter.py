@@ -19,6 +19,7 @@ from serving import metrics
 
 DATABASE_PATIENCE_S = 1.0  # a scrape that waits longer for it tells that it can't be read
 PORT_RETRY_S = 0.2
+RESTART_PAUSE_S = 1.0  # as the next one may fail like this
 NAME = "sale-metrics"
 
 log = logging.getLogger("gunicorn.error")
@@ -72,8 +73,9 @@ def fork(server: Any, store: Any, host: str, port: int | None) -> int:
         serve(metrics.registry(store), host, port or 0, server.lifeline[0])
         metrics.remove_folder()  # a master that was killed couldn't
         os._exit(0)
-    except BaseException:
-        log.exception("The metrics process failed")
+    except BaseException as error:
+        log.error("The metrics process failed: %r", error)
+        select.select([server.lifeline[0]], [], [], RESTART_PAUSE_S)
     finally:
         os._exit(1)
 

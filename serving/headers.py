@@ -12,6 +12,8 @@ SECURITY_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "n
 # nginx keeps such an answer for one second and strips the header. Before nginx 1.23 it has to come
 # ahead of Cache-Control, or nginx overlooks it.
 MAY_BE_CACHED = [("X-Accel-Expires", "1"), *SECURITY_HEADERS]
+# What a proxy adds; nginx by itself adds nothing, but speaks HTTP/1.0.
+PROXY_HEADERS = {"HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_FORWARDED_FOR"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # A key as it is, or as the IETF draft has it: a string in quotes (RFC 8941, 3.3.3).
 IDEMPOTENCY_KEY = re.compile(r'[!#-~][!-~]{0,254}|"(?:[!#-\[\]-~]|\\["\\]){1,255}"')
@@ -27,6 +29,7 @@ def with_security_headers(wsgi_app: Any, observe: Callable[[str, str, float], No
     def serve(environ: dict[str, Any], start_response: Any) -> Any:
         started = time.perf_counter()
         environ["PATH_INFO"] = environ.get("PATH_INFO") or "/"  # of http://host: RFC 9110, 4.2.3
+        environ.pop("HTTP_UPGRADE", None)  # may be ignored (7.8); Werkzeug would refuse it
 
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             observe(environ["PATH_INFO"], status, time.perf_counter() - started)
@@ -64,9 +67,13 @@ def require_plain_request(environ: dict[str, Any]) -> None:
     else:
         is_foreign = site not in ("same-origin", "none")
     if is_foreign:
-        abort(403, "A page of another site sent this - send it from a page of this address.")
-    if environ["QUERY_STRING"]:
-        abort(400, "Nothing after a ? in the address is looked at - send a JSON body instead.")
+        abort(
+            403,
+            "A page of another site sent this - send it from a page of this address. A proxy in"
+            " front has to pass on the header Host.",
+        )
+    if query := environ["QUERY_STRING"]:
+        abort(400, f"The query string {query[:40]!r} means nothing here - send a JSON body.")
     if "HTTP_X_IDEMPOTENCY_KEY" in environ:
         abort(400, "X-Idempotency-Key is not looked at - send the header Idempotency-Key.")
 
@@ -89,12 +96,16 @@ def idempotency_key_of(environ: dict[str, Any]) -> str | None:
 
 
 def may_reset(allowed: str, environ: dict[str, Any]) -> bool:
-    """With ALLOW_RESET=loopback only for who asks this machine by its own name.
+    """With ALLOW_RESET=loopback only for who asks this machine by its own name, and no proxy.
 
     SERVER_NAME is the address that was really bound, wherever it was configured. The Host header
-    keeps out what came through a proxy, or from a page whose name was pointed at this machine.
+    keeps out a page whose name was pointed at this machine.
     """
     if allowed != "loopback":
         return allowed == "1"
-    host = environ.get("HTTP_HOST", "").rpartition(":")[0] or environ.get("HTTP_HOST", "")
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.0" or not PROXY_HEADERS.isdisjoint(environ):
+        return False
+    if not environ.get("REMOTE_ADDR", "").startswith(("127.", "::1")):  # a Unix socket has none
+        return False
+    host = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "")).lower().removesuffix(".")
     return environ["SERVER_NAME"] in LOOPBACK and host.strip("[]") in LOOPBACK

@@ -1,5 +1,7 @@
 """What gunicorn calls, in the order of a process's life. gunicorn.conf.py hands it on."""
 
+import itertools
+from contextlib import suppress
 from typing import Any
 
 from serving import draining, exporter, metrics, patience, watch
@@ -21,6 +23,7 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Any) -> None:
     """The master listens, and has no worker yet."""
+    watch.log_by("gunicorn.error")
     config = server.app.wsgi().config
     server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))
     if opens_at := config["SALE_STARTS_AT"]:
@@ -38,21 +41,24 @@ def pre_exec(server: Any) -> None:
     draining.before_upgrade(server)
 
 
+def pre_fork(server: Any, worker: Any) -> None:
+    taken = {other.slot for other in server.WORKERS.values()}
+    worker.slot = next(slot for slot in itertools.count(1) if slot not in taken)
+
+
 def post_fork(server: Any, worker: Any) -> None:
     draining.enter_worker(server, worker)
 
 
 def post_worker_init(worker: Any) -> None:
+    metrics.take_slot(worker.slot)
     patience.begin_work(worker)
     draining.begin_work(worker)
+    with suppress(Exception):  # the first buyer is told, and the log
+        worker.wsgi.extensions["store"].inventory()  # opens what stays open: see NOTES
 
 
 def worker_exit(server: Any, worker: Any) -> None:
     draining.answer_backlog(worker)
     if worker.is_orphan:  # the master can't do it any more
         metrics.remove_folder()
-
-
-def on_exit(server: Any) -> None:
-    """The master, after its workers."""
-    metrics.remove_folder()

@@ -8,11 +8,15 @@ from typing import Any
 import gunicorn.config
 import gunicorn.util
 
+from serving import watch
 from serving.headers import SECURITY_HEADERS
-from serving.json_bodies import unreadable
+from serving.json_bodies import encode, unreadable
 from serving.starting import cannot_start
-from serving.watch import stderr_takes_a_line
 
+INTERRUPTED = (
+    "The service failed or was ended meanwhile, a purchase may have been stored - with an"
+    " Idempotency-Key send the same request until 200, 410 or 422"
+)
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 
 
@@ -21,12 +25,18 @@ def install() -> None:
     gunicorn.config.WorkerClass.validator = staticmethod(require_sync)
     gunicorn.config.WorkerThreads.validator = staticmethod(require_one_thread)
     logging.getLogger("gunicorn.error").addFilter(shorten)
-    for name in ("gunicorn.error", "gunicorn.access"):
-        logging.getLogger(name).addFilter(stderr_takes_a_line)
+    logging.getLogger("gunicorn.error").addFilter(watch.stderr_takes_a_line)
+    logging.getLogger("gunicorn.access").addFilter(watch.stdout_takes_a_line)
+    logging.raiseExceptions = False  # a log on a full disk would get a traceback for each line
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    body = unreadable((message or reason)[:QUOTE_MAX])
+    if status == 501:  # an unknown Transfer-Encoding; a monitor takes a 5xx for the service's own
+        status = 400
+    if status == 500:  # the worker was ended, or failed
+        body = encode({"success": False, "message": INTERRUPTED}).encode()
+    else:
+        body = unreadable((message or reason)[:QUOTE_MAX])
     headers = {
         "Connection": "close",
         "Content-Type": "application/json",
@@ -38,10 +48,10 @@ def write_json_error(client: socket.socket, status: int, reason: str, message: s
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """gunicorn logs a line that it can't parse, however long: nobody may fill the log that way."""
+    """gunicorn logs each line that it can't parse, however long: nobody may fill the log so."""
     if not record.args:
         record.msg = str(record.msg)[:QUOTE_MAX]
-    return True
+    return not str(record.msg).startswith("Invalid request") or watch.is_due(watch.UNREADABLE)
 
 
 def require_sync(worker_class: Any) -> Any:

@@ -20,7 +20,9 @@ def customer_id_of(request: Request) -> str:
     customer_id = member_of(request, "customer_id", "guest")
     if not isinstance(customer_id, str) or not NAME.fullmatch(customer_id):
         abort(
-            400, "customer_id has to be a string of 1 to 128 characters without control characters."
+            400,
+            "customer_id has to be a string of 1 to 128 characters, no control characters, no lone"
+            " surrogates.",
         )
     return customer_id
 
@@ -54,7 +56,7 @@ def member_of(request: Request, name: str, default: Any) -> Any:
     unknown = next((member for member in value if member != name), None)
     if unknown is not None:
         also = " and the header Idempotency-Key" if name == "customer_id" else ""
-        abort(400, f"The member {unknown[:40]!a} means nothing here - send only {example}{also}.")
+        abort(400, f"The member {unknown[:40]!r} means nothing here - send only {example}{also}.")
     return value.get(name, default)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flask import Flask
 
 from serving import metrics
-from serving.config import address
+from serving.config import CHOICES, address
 from serving.headers import SECURITY_HEADERS
 from serving.json_bodies import unreadable
 from serving.starting import GUNICORN_CONF, cannot_start, say
@@ -31,7 +31,9 @@ THREADS = 8  # waitress's; more would fight over the interpreter while one holds
 
 def prepare() -> None:
     """Before the app is made: who may reset, and that several processes will be measured."""
-    os.environ["ALLOW_RESET"] = os.environ.get("ALLOW_RESET", "").strip() or "loopback"
+    CHOICES["ALLOW_RESET"] = ("loopback", "0", "1")
+    if not os.environ.get("WEB_CONCURRENCY", "").strip():  # empty it would stop gunicorn's import
+        os.environ.pop("WEB_CONCURRENCY", None)
     if importlib.util.find_spec("gunicorn"):
         metrics.WORKERS_EXPECTED.append(True)
 

@@ -4,6 +4,7 @@ prometheus_client keeps each process's figures in files, so that they outlive it
 add them up. The files of a master and its workers are in a folder that no other master uses.
 """
 
+import atexit
 import functools
 import logging
 import os
@@ -18,6 +19,9 @@ from typing import Any
 # would kill the workers that write to them.
 FOLDER_PARENT = Path("/dev/shm")  # noqa: S108  (mkdtemp makes the folder in it)
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
+FILES = ("counter", "histogram")
+FILE_BYTES = 256 * 1024  # more than all routes and statuses need
+ROOM_BYTES = 32 * 1024 * 1024
 DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LOCK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 SALE = {  # members of an inventory record
@@ -33,7 +37,10 @@ DATABASE = {  # what a store's gauges() may tell
 
 
 WORKERS_EXPECTED: list[bool] = []  # by who will start gunicorn in this process
-FAILURES: list[bool] = []  # whether one was logged
+FAILURES: list[bool] = []  # whether this process had one, and counts no more
+SLOT = [
+    0
+]  # which files are this process's: 0 are the master's, each worker has a number of its own
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +54,9 @@ class Instruments:
         import prometheus_client as client  # which looks at once whether there is a folder
 
         client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        if self.folder is not None:
+            by_slot = client.values.MultiProcessValue(lambda: SLOT[0])  # type: ignore[no-untyped-call]
+            client.values.ValueClass = by_slot
         self.durations = client.Histogram(
             "flash_sale_request_duration_seconds",
             "Seconds from the parsed request to its answer.",
@@ -85,14 +95,40 @@ def instruments() -> Instruments:
 
 
 def own_folder() -> Path:
-    """A new one. An environment that an older master left names that master's: it stays as it is.
-
-    Each file is small, and the kernel gives its pages only as they are written.
-    """
-    parent = FOLDER_PARENT if os.access(FOLDER_PARENT, os.W_OK) else None
+    """A new one. An environment that an older master left names that master's, which stays."""
+    has_room = os.access(FOLDER_PARENT, os.W_OK) and (
+        shutil.disk_usage(FOLDER_PARENT).free > ROOM_BYTES
+    )
+    parent = FOLDER_PARENT if has_room else None
     folder = Path(tempfile.mkdtemp(prefix=f"flash-sale-metrics-{os.getpid()}-", dir=parent))
+    atexit.register(remove_if_mine, folder, os.getpid())  # a start that fails leaves none
     os.environ[FOLDER_VARIABLE] = str(folder)
+    reserve(folder)
     return folder
+
+
+def reserve(folder: Path) -> None:
+    """Have this process's files before they are written to.
+
+    A page that the kernel can't give then would end the process, by SIGBUS.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)  # somebody may have tidied up
+    for kind in FILES if hasattr(os, "posix_fallocate") else ():
+        with (folder / f"{kind}_{SLOT[0]}.db").open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+
+
+def take_slot(slot: int) -> None:
+    """In a worker, after the fork: go on in the files of one that has ended."""
+    SLOT[0] = slot
+    folder = instruments().folder
+    if folder is not None:
+        harmless(reserve)(folder)
+
+
+def remove_if_mine(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_folder() -> None:
@@ -106,18 +142,18 @@ def duration_of(route: str, status: str) -> Any:
 
 
 def harmless(count: Callable[..., object]) -> Callable[..., None]:
-    """The same, but for its errors: figures whose files are gone must not stop a sale.
+    """The same, but for its errors: figures that can't be written must not stop a sale.
 
-    A process logs the first of them only.
+    A process logs the first of them, and counts no more.
     """
 
     def call(*arguments: object) -> None:
         try:
-            count(*arguments)
-        except Exception:
             if not FAILURES:
-                FAILURES.append(True)
-                log.exception("The metrics of this process can't be written")
+                count(*arguments)
+        except Exception:
+            FAILURES.append(True)
+            log.exception("The metrics of this process can't be written")
 
     return call
 
@@ -174,7 +210,8 @@ def registry(store: Any) -> Any:
 
     collected = CollectorRegistry()
     collected.register(Sale(store))
-    if instruments().folder is not None:
+    if (folder := instruments().folder) is not None:
+        folder.mkdir(mode=0o700, exist_ok=True)  # as in reserve()
         multiprocess.MultiProcessCollector(collected)  # type: ignore[no-untyped-call]
     else:
         for instrument in instruments().all():

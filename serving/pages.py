@@ -46,4 +46,5 @@ def swagger_file(name: str) -> Response:
 
     if name not in SWAGGER_FILES:
         abort(404)
-    return send_from_directory(Path(flask_swagger_ui.__file__).with_name("dist"), name)
+    folder = Path(flask_swagger_ui.__file__).with_name("dist")
+    return send_from_directory(folder, name, conditional=False)

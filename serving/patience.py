@@ -16,6 +16,7 @@ REQUEST_LIMIT_S = 10  # for the next bytes; below every timeout of a worker
 LAST_REQUEST_LIMIT_S = 1  # the same in a worker that is to end
 
 
+@functools.cache  # a reload reads gunicorn.conf.py again
 def install() -> None:
     from gunicorn.http.unreader import SocketUnreader
 
@@ -40,8 +41,9 @@ def begin_work(worker: Any) -> None:
     """As soon as the worker handles signals."""
     worker.client = None
     worker.handle = functools.partial(handle, worker, worker.handle)
-    signal.signal(signal.SIGTERM, functools.partial(end, worker))
-    signal.siginterrupt(signal.SIGTERM, False)  # as gunicorn has it: no call is disturbed
+    for number in (signal.SIGTERM, signal.SIGQUIT):  # gunicorn's QUIT would end it amid a sale
+        signal.signal(number, functools.partial(end, worker))
+        signal.siginterrupt(number, False)  # as gunicorn has it: no call is disturbed
 
 
 def handle(
@@ -55,7 +57,7 @@ def handle(
 
 
 def end(worker: Any, number: int, frame: Any) -> None:
-    """SIGTERM: what the worker waits for at this moment has to come soon, too."""
+    """What the worker waits for at this moment has to come soon, too."""
     worker.handle_exit(number, frame)
     if worker.client is not None:
         with suppress(OSError):  # it is closed by now

@@ -22,6 +22,8 @@ def require_usable(path: Path) -> None:
         raise OSError(f"SQLite 3.37 or newer is needed, this is {sqlite3.sqlite_version}")
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    if not path.is_file():
+        raise OSError("it is a folder or a device - name a file")
     beside = (Path(f"{path}-wal"), Path(f"{path}-shm"))
     for place in (path, path.parent, *filter(Path.exists, beside)):
         if not may_write(place):

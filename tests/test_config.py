@@ -13,13 +13,13 @@ import pytest
 from flask import Flask
 from service import PROJECT, Service, run_to_end
 
-from serving.config import NUMBERS, VARIABLES, ConfigError, near_misses, read_config
+from serving.config import NUMBERS, VARIABLES, ConfigError, read_config, unknown_variables
 
 
 @pytest.fixture
 def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the environment nor a developer's .env sets a variable of the service."""
-    monkeypatch.setattr("serving.config.load_dotenv", lambda path: False)
+    monkeypatch.setattr("serving.config.ENV_FILE", Path("/nowhere/.env"))
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
@@ -124,7 +124,7 @@ def test_a_misspelt_variable_is_found_and_others_are_not(monkeypatch: pytest.Mon
     misspelt = {"INITAL_STOCK": "INITIAL_STOCK", "SALES_START_AT": "SALE_STARTS_AT"}
     misspelt |= {"database_url": "DATABASE_URL", "LOCK-TIMEOUT": "LOCK_TIMEOUT"}
     monkeypatch.setattr("os.environ", dict.fromkeys([*others, *VARIABLES, *misspelt], "1"))
-    assert near_misses() == misspelt
+    assert unknown_variables() == misspelt
 
 
 def test_a_misspelt_variable_is_told_at_the_start(tmp_path: Path) -> None:

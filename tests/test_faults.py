@@ -43,7 +43,7 @@ REFUSED = {"success": False, "message": db.Unavailable.message}
 
 
 def errors(service: Service) -> list[str]:
-    return [line for line in service.log.splitlines() if " ERROR " in line or "Traceback" in line]
+    return [line for line in service.log.splitlines() if "[ERROR]" in line or "Traceback" in line]
 
 
 def assert_refuses(service: Service, cause: str, provoke: Callable[[], object] = bool) -> None:

@@ -185,7 +185,8 @@ def test_connections_without_a_request_hold_up_no_stop(tmp_path: Path) -> None:
         started = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
         assert buyer.recv(65536).startswith(b"HTTP/1.1 200 ")
-        assert b"The body ended before its Content-Length" in half.recv(65536)
+        refused = b"".join(iter(lambda: half.recv(65536), b""))
+        assert b"The body ended before its Content-Length" in refused
         assert silent.recv(65536) == b""
         buyer.close()
         assert service.process.wait(20) == 0

@@ -65,7 +65,9 @@ def test_trouble_of_one_kind_is_logged_once_a_second_by_all_workers_together(
             started = time.monotonic()
             answers = send_at_once(service.port, [purchase_request("alice")] * CROWD)
             seconds = time.monotonic() - started
-        lines = re.findall("ERROR POST /buy_ticket: Busy: no write lock after .* s", service.log)
+        lines = re.findall(
+            r"\[ERROR\] POST /buy_ticket: Busy: no write lock after .* s", service.log
+        )
     assert [answer.status for answer in answers] == [503] * CROWD
     assert 1 <= len(lines) <= 1 + seconds + 1  # two workers may see the pause end at once
 
