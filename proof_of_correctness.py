@@ -291,9 +291,9 @@ def conclude(options: Options, results: Sequence[Result], reason: str) -> int:
     try:
         write_files(options, results, f"{conclusion} (seed {options.seed})", judged)
     except Exception as error:
-        reason = f"what was asked for can't be written: {in_one_line(error)}"
-        print(reason, file=sys.stderr)
-        status, conclusion = verdict(results, options.tests, reason)
+        status, conclusion = verdict(results, options.tests, in_one_line(error))
+        if status == 1:  # else this is the conclusion
+            print(f"A file is not written: {in_one_line(error)}", file=sys.stderr)
     print(f"\n{RULE}\n{conclusion} (seed {options.seed})")
     if status == 0:
         print(statistics_line(judged), flush=True)

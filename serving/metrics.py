@@ -114,8 +114,15 @@ def reserve(folder: Path) -> None:
     """
     folder.mkdir(mode=0o700, exist_ok=True)  # somebody may have tidied up
     for kind in FILES if hasattr(os, "posix_fallocate") else ():
-        with (folder / f"{kind}_{SLOT[0]}.db").open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+        path = folder / f"{kind}_{SLOT[0]}.db"
+        new = path.with_suffix(".new")  # which no scrape reads
+        if not path.exists():
+            try:
+                with new.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+                new.rename(path)
+            finally:
+                new.unlink(missing_ok=True)
 
 
 def take_slot(slot: int) -> None:

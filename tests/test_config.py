@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from flask import Flask
 from service import PROJECT, Service, run_to_end
 
@@ -135,12 +136,13 @@ def test_a_misspelt_variable_is_told_at_the_start(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_variable_in_the_env_file_is_told_too(copy_of_the_program: Path) -> None:
-    (copy_of_the_program / ".env").write_text("INITAL_STOCK=7\n")
+    (copy_of_the_program / ".env").write_text("INITAL_STOCK=7\nPGUSER=x\n")
     command = (sys.executable, str(copy_of_the_program / "app.py"))
     with Service(copy_of_the_program, *command, cwd=copy_of_the_program) as service:
         pass
     warning = "The variable INITAL_STOCK means nothing here - is it INITIAL_STOCK?"
     assert service.log.count(warning) == 1
+    assert "The variable PGUSER means nothing here\n" in service.log
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
@@ -204,6 +206,25 @@ def test_the_environment_goes_before_the_env_file(copy_of_the_program: Path) -> 
     variables = {"DATABASE_URL": "sqlite:///sale.db", "INITIAL_STOCK": "3"}
     done = run_to_end(command, copy_of_the_program, **variables)
     assert done.stdout.endswith(": 3 of 3 units left\n")
+
+
+def test_an_empty_variable_leaves_it_to_the_env_file(copy_of_the_program: Path) -> None:
+    (copy_of_the_program / ".env").write_text("INITIAL_STOCK=7\nALLOW_RESET=0\n")
+    variables = {"INITIAL_STOCK": "", "ALLOW_RESET": "", "WEB_CONCURRENCY": " "}
+    demo = (sys.executable, "app.py")
+    with Service(copy_of_the_program, *demo, cwd=copy_of_the_program, **variables) as service:
+        assert service.get("/inventory")["initial_stock"] == 7
+        assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
+
+
+@pytest.mark.parametrize("line", ["DATABASE_URL: sqlite:///x.db", "set PORT=7"])
+def test_an_env_file_with_a_line_that_is_none_is_refused(
+    copy_of_the_program: Path, line: str
+) -> None:
+    """It would sell the default stock from the default database."""
+    (copy_of_the_program / ".env").write_text(f"ITEM_NAME=x\n{line}\n")
+    done = run_to_end([sys.executable, "app.py"], copy_of_the_program)
+    assert (done.returncode, done.stderr) == (4, "Cannot start: .env, line 2: write NAME=value\n")
 
 
 @pytest.mark.parametrize("command", STARTS[1:])  # flask reads a .env itself, before the app

@@ -189,6 +189,15 @@ def test_nothing_is_replayed_on_a_wal_that_was_removed(
         store.reset(5)
 
 
+def test_an_idle_service_stays_in_wal_mode_whatever_others_ask_for(tmp_path: Path) -> None:
+    """Each worker has the file open from its start on."""
+    with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:
+        wait_until(lambda: Path(f"{tmp_path}/inventory.db-wal").exists(), 20, "no worker")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            execute(tmp_path / "inventory.db", "PRAGMA journal_mode = DELETE")
+        assert service.buy().status_code == 200
+
+
 def test_the_inventory_row_gone_is_503_everywhere_and_back_sells(tmp_path: Path) -> None:
     database = tmp_path / "inventory.db"
     with Service(tmp_path, *GUNICORN, WEB_CONCURRENCY="1") as service:

@@ -358,6 +358,34 @@ def test_a_reset_that_allowed_itself_needs_a_loopback_host(
     assert (answer.status_code, answer.json["success"]) == (403, False)
 
 
+@pytest.mark.parametrize(
+    "sign",
+    [
+        {"HTTP_X_FORWARDED_FOR": "203.0.113.7"},
+        {"HTTP_VIA": "1.1 proxy"},
+        {"HTTP_FORWARDED": "for=203.0.113.7"},
+        {"HTTP_X_REAL_IP": "203.0.113.7"},
+        {"SERVER_PROTOCOL": "HTTP/1.0"},  # nginx, which names the service's own host
+        {"REMOTE_ADDR": "203.0.113.7"},
+        {"REMOTE_ADDR": ""},  # over a Unix socket
+    ],
+)
+def test_a_reset_that_allowed_itself_needs_a_caller_without_a_proxy(
+    make_app: MakeApp, sign: dict[str, str]
+) -> None:
+    client: Client = make_app(ALLOW_RESET="loopback").test_client()
+    assert client.post("/reset").status_code == 200
+    client.post("/buy_ticket")
+    answer = client.post("/reset", environ_overrides=sign)
+    assert answer.status_code == 403
+    assert client.get("/inventory").json["total_purchases"] == 1
+
+
+def test_an_offer_to_change_the_protocol_is_overlooked(client: Client) -> None:
+    offer = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert client.get("/inventory", headers=offer).status_code == 200
+
+
 def test_head_is_answered_like_get(client: Client) -> None:
     answer = client.head("/inventory")
     assert (answer.status_code, answer.data) == (200, b"")

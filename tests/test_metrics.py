@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import requests
 from flask import Flask
 from flask.testing import FlaskClient
-from service import Service, free_port, wait_until
-from test_signals import UPGRADABLE
+from service import Service, free_port, need, wait_until
+from test_faults import GUNICORN, fill, mounting
+from test_signals import UPGRADABLE, replace_workers
 from test_sqlite_store import write_lock
 
 import db
@@ -267,6 +269,41 @@ def test_a_port_that_is_taken_stops_no_sale(tmp_path: Path) -> None:
             wait_until(lambda: is_served(port), 10, "no metrics")
             assert scrape(port)["flash_sale_sold"] == 1
             assert service.log.count(said) == 1
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = {"PORT": str(taken.getsockname()[1]), "TMPDIR": str(tmp_path)}
+        variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/inventory.db"
+        command = [sys.executable, "app.py"]
+        done = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.DEVNULL)
+        assert done.wait(20) == 1
+    assert folders(done.pid) == []
+
+
+def test_memory_that_is_full_stops_no_sale(tmp_path: Path) -> None:
+    """New workers find no room for their figures; a page that can't be had would kill them."""
+    need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
+    mount = "mount -t tmpfs -o size=40m tmpfs /dev/shm && exec"
+    command = ("unshare", "--mount", "sh", "-c", f"{mount} {shlex.join(GUNICORN)}")
+    with Service(tmp_path, *command, WEB_CONCURRENCY="2") as service:
+        fill(Path(f"/proc/{service.process.pid}/root/dev/shm"))
+        replace_workers(service)
+        assert [service.buy().status_code for _ in range(20)] == [200] * 20
+        assert "flash_sale_sold 20.0" in requests.get(f"{service.url}/metrics", timeout=10).text
+    assert "No space left on device" in service.log
+    assert "SIGBUS" not in service.log
+
+
+def test_workers_go_on_in_the_files_of_those_that_ended(tmp_path: Path) -> None:
+    with Service(tmp_path, WEB_CONCURRENCY="2") as service:
+        for number in range(1, 4):
+            service.buy()
+            replace_workers(service)
+            sold = outcome_counter("sold")
+            assert scrape(service.port)[sold] == number
+        names = sorted(file.name for file in metrics_folder(service).iterdir())
+    assert names == [f"{kind}_{slot}.db" for kind in metrics.FILES for slot in range(5)]
 
 
 def test_a_command_leaves_no_folder(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_help_names_every_option_even_without_docstrings() -> None:
         (("--processes", "1000"), "1000 is not in the range 1<=x<=32"),
         (("--stock", "100", "--buyers", "100"), "test 2 needs more buyers than tickets: 100"),
         (("--tests", "1-9"), "has to be like 1-3 or 2,4"),
+        (("--tests", "3-1"), "'3-1' names none of the tests"),
+        (("--tests", "0"), "'0' names none of the tests"),
         (("--url", "127.0.0.1:8000"), "has to be the address of a service, like http://"),
         (("--cache-age", "-1"), "-1.0 is not in the range"),
         (("--report", "no/such/folder/page.html"), "there is no folder no/such/folder"),
@@ -206,6 +208,7 @@ def test_a_violation_stays_one_when_the_report_cant_be_written() -> None:
         done = run("--url", url, *SMALL, "--report", "/dev/full")
     assert done.returncode == 1
     assert "NOT CORRECT: violations in test 1, test 2" in done.stdout
+    assert done.stderr == "A file is not written: OSError: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize("option", ["--report", "--json"])

@@ -75,6 +75,8 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(
             wait_until(lambda: backlog(service.port) == WAITING - 2, 10, "they don't wait")
             service.process.send_signal(number)
             wait_until(lambda: "Handling signal" in service.log, 10, "the signal wasn't handled")
+            os.killpg(service.process.pid, signal.SIGQUIT)  # an impatient Ctrl-\\
+            os.killpg(service.process.pid, signal.SIGINT)
         rush.join()
         assert service.process.wait(2) == 0
     assert Counter(
@@ -82,6 +84,27 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(
     ) == {(200, ""): WAITING}
     assert purchases(tmp_path) == WAITING
     assert "Traceback" not in service.log
+
+
+def test_a_stop_that_the_workers_heard_of_first_answers_everybody_too(tmp_path: Path) -> None:
+    """As where a whole process group is told: they end before their master knows of a stop."""
+    with Service(tmp_path, INITIAL_STOCK="1000", WEB_CONCURRENCY="2") as service:
+        answers = []
+        crowd = [purchase_request("alice", f"key-{n}") for n in range(WAITING)]
+        rush = threading.Thread(target=lambda: answers.extend(send_at_once(service.port, crowd)))
+        workers = service.workers()
+        with write_lock(tmp_path / "inventory.db"):
+            rush.start()
+            wait_until(lambda: backlog(service.port) == WAITING - 2, 10, "they don't wait")
+            service.process.send_signal(signal.SIGSTOP)
+            for worker in workers:
+                os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: not any(map(is_running, workers)), 10, "they don't end")
+        service.process.send_signal(signal.SIGTERM)
+        service.process.send_signal(signal.SIGCONT)
+        rush.join()
+        assert service.process.wait(5) == 0
+    assert Counter(answer.status for answer in answers) == {200: WAITING}
 
 
 @pytest.mark.parametrize("user", USERS.values(), ids=USERS)
@@ -309,6 +332,19 @@ def test_a_reload_with_settings_that_make_no_sense_is_refused(copy_of_the_progra
         told = "Not reloaded, the old settings stay: LOCK_TIMEOUT has to be a number"
         wait_until(lambda: told in service.log, 20, "the reload wasn't refused")
         assert service.buy().status_code == 200
+
+
+def test_a_reload_that_cannot_run_gunicorns_file_is_refused(copy_of_the_program: Path) -> None:
+    """A newer release of it, for one, wants what the loaded modules don't have."""
+    command = (sys.executable, "-m", "gunicorn", "app:app")
+    with Service(copy_of_the_program, *command, cwd=copy_of_the_program) as service:
+        with (copy_of_the_program / "gunicorn.conf.py").open("a") as file:
+            file.write("from serving.hooks import a_newer_one\n")
+        service.process.send_signal(signal.SIGHUP)
+        told = "Not reloaded, the old settings stay: gunicorn.conf.py failed, see above"
+        wait_until(lambda: told in service.log, 20, "the reload wasn't refused")
+        assert service.buy().status_code == 200
+        assert "a_newer_one" in service.log
 
 
 def replace_workers(service: Service) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import app as service_app
 import db
+from serving.config import ConfigError
 from sqlite.engine import ORIGIN, sqlite3
 
 OpenStore = Callable[..., Any]
@@ -482,6 +483,15 @@ def test_a_url_with_more_than_a_path_is_refused_and_says_what_to_write(
 def test_a_url_that_names_no_store_is_refused_and_told_all_that_do(url: str) -> None:
     with pytest.raises(ValueError, match=r"sqlite:///rel.*sqlite:////abs.*postgresql://user"):
         service_app.open_store(url, "Concert", 5, 5.0)
+
+
+def test_a_folder_or_a_circle_of_links_is_named(tmp_path: Path) -> None:
+    with pytest.raises(db.Unavailable, match="it is a folder or a device - name a file"):
+        service_app.open_store(f"sqlite:///{tmp_path}", "Concert", 5, 5.0).create()
+    circle = tmp_path / "circle.db"
+    circle.symlink_to(circle)
+    with pytest.raises((ConfigError, db.Unavailable), match=r"links|loop"):
+        service_app.open_store(f"sqlite:///{circle}", "Concert", 5, 5.0).create()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

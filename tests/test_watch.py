@@ -23,7 +23,7 @@ from service import (
     send_at_once,
     wait_until,
 )
-from test_sqlite_store import write_lock
+from test_sqlite_store import execute, write_lock
 
 import db
 from serving import watch
@@ -55,6 +55,41 @@ def test_after_a_reset_the_log_goes_by_the_new_stock(
         "First sale, 1 of 2 units left",
         "Sold out, 0.0 s after the first sale",
     ]
+
+
+def test_after_a_restock_the_log_goes_by_the_new_stock(
+    make_app: MakeApp, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator's, beside the service; and then the service is started again."""
+    client = make_app(INITIAL_STOCK=4).test_client()
+    with caplog.at_level(logging.INFO, "flash_sale"):
+        for _ in range(2):
+            client.post("/buy_ticket")
+        execute(
+            database, "UPDATE inventory SET stock = stock + 2, initial_stock = initial_stock + 2"
+        )
+        for _ in range(2):
+            client.post("/buy_ticket")
+        restarted = make_app(INITIAL_STOCK=4).test_client()
+        for _ in range(2):
+            restarted.post("/buy_ticket")
+    assert [record.getMessage() for record in caplog.records] == [
+        "First sale, 3 of 4 units left",
+        "2 of 4 units left",
+        "3 of 6 units left",
+        "2 of 6 units left",
+        "1 of 6 units left",
+        "Sold out",
+    ]
+
+
+def test_gunicorns_own_log_file_takes_the_lines_of_the_sale(tmp_path: Path) -> None:
+    log = tmp_path / "sale.log"
+    command = [sys.executable, "-m", "gunicorn", "--error-logfile", str(log), "app:app"]
+    with Service(tmp_path, *command) as service:
+        service.buy()
+    assert "First sale, 99 of 100 units left\n" in log.read_text()
+    assert "First sale" not in service.log
 
 
 def test_trouble_of_one_kind_is_logged_once_a_second_by_all_workers_together(
@@ -109,7 +144,8 @@ def fill(pipe: int) -> None:
         os.set_blocking(pipe, True)
 
 
-def test_a_collector_that_stopped_reading_stops_no_sale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["both", "the access log"])
+def test_a_collector_that_stopped_reading_stops_no_sale(tmp_path: Path, of: str) -> None:
     port = free_port()
     variables = environment(
         DATABASE_URL=f"sqlite:///{tmp_path}/inventory.db", PORT=str(port), INITIAL_STOCK="30"
@@ -117,7 +153,8 @@ def test_a_collector_that_stopped_reading_stops_no_sale(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     fill(writing)
     command = [sys.executable, "-m", "gunicorn", "--access-logfile", "-", "app:app"]
-    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=writing, stderr=writing)
+    errors = writing if of == "both" else subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=writing, stderr=errors)
     try:
         wait_until(lambda: is_listening(port), 20, "it doesn't start")
         answers = [
