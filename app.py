@@ -306,9 +306,8 @@ def app_or_exit() -> Flask:
         handler.addFilter(watch.stderr_takes_a_line)
     require_own_settings()
     with one_line_for_a_failure():
-        for name, likely in unknown_variables().items():
-            hint = f" - is it {likely}?" if likely else ""
-            log.warning("The variable %s means nothing here%s", name, hint)
+        for line in unknown_variables():
+            log.warning(line)
         return create_app()
 
 

@@ -4,7 +4,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,18 @@ def env_file() -> dict[str, str | None]:
     return dotenv_values(stream=io.StringIO(text))
 
 
-def unknown_variables() -> dict[str, str]:
-    """Variables that mean nothing here, and the one that each is nearly called, or "".
+def unknown_variables() -> Iterator[str]:
+    """A line about each variable that means nothing here.
 
     In .env these are all others, in the environment only those that are nearly called like one.
     """
-    names = {name: name in env_file() for name in (*os.environ, *env_file())}
-    found = {}
-    for name, is_ours in names.items():
+    in_file = env_file()
+    for name in sorted({*os.environ, *in_file} - {*VARIABLES}):
         likely = difflib.get_close_matches(name.upper(), VARIABLES, 1, LIKENESS_MIN)
-        if name not in VARIABLES and (likely or is_ours):
-            found[name] = likely[0] if likely else ""
-    return found
+        if likely:
+            yield f"The variable {name} means nothing here - is it {likely[0]}?"
+        elif name in in_file:
+            yield f"The variable {name} in .env means nothing here"
 
 
 def sqlite_file(url: str) -> Path:
