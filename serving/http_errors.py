@@ -17,6 +17,8 @@ INTERRUPTED = (
     "The service failed or was ended meanwhile, a purchase may have been stored - with an"
     " Idempotency-Key send the same request until 200, 410 or 422"
 )
+# gunicorn's status for an unknown Transfer-Encoding, and for a path that isn't below SCRIPT_NAME.
+CLIENTS_FAULTS = {501: 400, 500: 404}
 QUOTE_MAX = 300  # characters of the request, in the answer and in the log
 
 
@@ -31,8 +33,8 @@ def install() -> None:
 
 
 def write_json_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    if status == 501:  # an unknown Transfer-Encoding; a monitor takes a 5xx for the service's own
-        status = 400
+    if message:
+        status = CLIENTS_FAULTS.get(status, status)
     if status == 500:  # the worker was ended, or failed
         body = encode({"success": False, "message": INTERRUPTED}).encode()
     else:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from service import Answer, Service
 
+from serving import http_errors
+
 ANSWER_LIMIT_S = 10.0
 LOG_PER_REQUEST_MAX = 400  # characters
 STOCK = 100_000
@@ -209,6 +211,24 @@ def test_what_gunicorn_refuses_is_given_the_reason_of_its_status(service: Servic
     assert unknown.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     long = exchange(service.port, b"GET /" + b"x" * 9_000 + b" HTTP/1.1\r\n\r\n")
     assert long.startswith(b"HTTP/1.1 414 ")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "wanted", "text"),
+    [
+        (500, "", b"HTTP/1.1 500 ", b"a purchase may have been stored - with an Idempotency-Key"),
+        (500, "not below SCRIPT_NAME", b"HTTP/1.1 404 ", b"not below SCRIPT_NAME"),
+    ],
+)
+def test_a_worker_that_was_ended_is_told_from_a_path_that_is_none(
+    status: int, said: str, wanted: bytes, text: bytes
+) -> None:
+    ours, clients = socket.socketpair()
+    with ours, clients:
+        http_errors.write_json_error(ours, status, "Internal Server Error", said)
+        answer = clients.recv(65536)
+    assert answer.startswith(wanted)
+    assert text in answer
 
 
 BAD_CHUNKS = {
