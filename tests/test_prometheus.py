@@ -43,7 +43,7 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
     port = free_port()
     for name in ("prometheus.yml", "alerts.yml"):
         text = (RULES / name).read_text(encoding="utf-8")
-        text = text.replace("127.0.0.1:9100", f"127.0.0.1:{target}").replace(": 5s", ": 200ms")
+        text = text.replace("127.0.0.1:8100", f"127.0.0.1:{target}").replace(": 5s", ": 200ms")
         (folder / name).write_text(text, encoding="utf-8")
     flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     flags += [f"--web.listen-address=127.0.0.1:{port}"]
