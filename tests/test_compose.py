@@ -110,7 +110,8 @@ def test_whose_outcome_nobody_was_told_stands_in_the_log_of_the_container(tmp_pa
 def test_a_copy_of_env_example_beside_it_sells_in_the_volume(tmp_path: Path) -> None:
     text = re.sub("^# (?=[A-Z_]+=)", "", (PROJECT / ".env.example").read_text(), flags=re.MULTILINE)
     every = {name: str(value) for name, value in dotenv_values(stream=StringIO(text)).items()}
-    with app(tmp_path, **every | {"SALE_STARTS_AT": "2020-12-01T20:00:00+01:00"}) as service:
+    every["SALE_STARTS_AT"] = "2020-12-01T20:00:00+01:00"
+    with app(tmp_path, 0, **every) as service:
         assert service.buy().status_code == 200
     assert (tmp_path / "inventory.db").exists()
     told = {*environment_of("app", **every), "HOST", "PORT", "ALLOW_RESET"}

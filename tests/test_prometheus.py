@@ -29,6 +29,13 @@ def test_the_alerts_say_what_they_should_and_are_quiet_otherwise() -> None:
         assert (done.returncode, "SUCCESS" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
+def test_the_operators_table_has_each_alert_and_no_other() -> None:
+    rules = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text())
+    table = (PROJECT / "deploy" / "README.md").read_text().partition("| alert |")[2]
+    named = re.findall(r"\bFlashSale\w+", table.partition("\n\n")[0])
+    assert sorted(named) == sorted(rules) != []
+
+
 def test_every_metric_of_the_alerts_is_one_of_the_service(client: Any) -> None:
     told = [client.get("/metrics").text for _ in range(2)][-1]  # the first is counted by then
     only_postgresql = "flash_sale_oldest_snapshot_seconds"
