@@ -20,7 +20,9 @@ RUN python3 -m compileall -q . || true
 USER 10001:10001
 
 # The database and its -wal and -shm lie together in a folder: mount that, never the file alone.
+# A relative DATABASE_URL starts there too.
 VOLUME /data
+WORKDIR /data
 ENV DATABASE_URL=sqlite:////data/sale.db HOST=0.0.0.0 PORT=8000 PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=10s --start-period=10s CMD ["/venv/bin/python", "-c", \
@@ -28,4 +30,4 @@ HEALTHCHECK --interval=10s --timeout=10s --start-period=10s CMD ["/venv/bin/pyth
 
 # gunicorn answers everybody who waits before it ends, and needs LOCK_TIMEOUT + 50 s at most.
 STOPSIGNAL SIGTERM
-CMD ["/venv/bin/gunicorn", "app:app"]
+CMD ["/venv/bin/gunicorn", "--config", "/app/gunicorn.conf.py", "app:app"]

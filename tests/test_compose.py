@@ -6,14 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import requests
 import yaml
-from edge import ask, buy, get, is_listening, render
+from dotenv import dotenv_values
+from edge import Upstream, ask, buy, get, is_listening, render
 from postgres_cluster import Cluster, reason_to_skip
 from service import PROJECT, Service, free_port, need, wait_until
+
+from serving.config import VARIABLES
 
 FILE = PROJECT / "compose.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -31,6 +35,9 @@ def interpolated(text: str, **variables: str) -> str:
 
 def environment_of(name: str, **variables: str) -> dict[str, str]:
     given = SERVICES[name].get("environment", {})
+    if isinstance(given, list):  # a name without a value is passed on where it is set
+        passed = {line: variables[line] for line in given if line in variables}
+        given = dict(line.split("=", 1) for line in given if "=" in line) | passed
     return {key: interpolated(str(value), **variables) for key, value in given.items()}
 
 
@@ -43,6 +50,7 @@ def image_command() -> tuple[str, ...]:
     (line,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     program, *arguments = yaml.safe_load(line)
     assert program == "/venv/bin/gunicorn"
+    arguments = [argument.replace("/app/", f"{PROJECT}/") for argument in arguments]
     return (sys.executable, "-m", "gunicorn", *arguments)
 
 
@@ -55,7 +63,8 @@ def app(folder: Path, metrics: int = 0, **variables: str) -> Service:
         "PORT": str(free_port()),
         "METRICS_PORT": str(metrics or free_port()),
     }
-    return Service(folder, *image_command(), **settings | places)
+    assert re.findall(r"^WORKDIR (.*)$", DOCKERFILE, re.MULTILINE)[-1] == "/data"
+    return Service(folder, *image_command(), cwd=folder, **settings | places)
 
 
 def test_the_file_keeps_to_the_compose_specification() -> None:
@@ -80,6 +89,7 @@ def test_it_holds_no_password_adds_no_right_and_mounts_no_database_file() -> Non
 def test_a_profile_only_adds_services() -> None:
     assert {name for name, one in SERVICES.items() if "profiles" not in one} == {"app", "nginx"}
     assert SERVICES["app"]["depends_on"]["postgres"]["required"] is False
+    assert "127.0.0.1" in SERVICES["postgres"]["healthcheck"]["test"]  # its set-up has no TCP yet
 
 
 def test_app_sells_behind_nginx(tmp_path: Path) -> None:
@@ -87,6 +97,25 @@ def test_app_sells_behind_nginx(tmp_path: Path) -> None:
         assert [ask(port, buy()).status for _ in range(3)] == [200, 200, 410]
         assert ask(port, get("/inventory")).json["initial_stock"] == 2
     assert (tmp_path / "sale.db").exists()
+
+
+def test_whose_outcome_nobody_was_told_stands_in_the_log_of_the_container(tmp_path: Path) -> None:
+    with Upstream() as silent:
+        front = nginx(tmp_path, silent.port)
+        with front as port:
+            assert ask(port, buy("key-1")).status == 502
+    assert 'key="key-1"' in front.output.read_text()
+
+
+def test_a_copy_of_env_example_beside_it_sells_in_the_volume(tmp_path: Path) -> None:
+    text = re.sub("^# (?=[A-Z_]+=)", "", (PROJECT / ".env.example").read_text(), flags=re.MULTILINE)
+    every = {name: str(value) for name, value in dotenv_values(stream=StringIO(text)).items()}
+    every["SALE_STARTS_AT"] = "2020-12-01T20:00:00+01:00"
+    with app(tmp_path, 0, **every) as service:
+        assert service.buy().status_code == 200
+    assert (tmp_path / "inventory.db").exists()
+    told = {*environment_of("app", **every), "HOST", "PORT", "ALLOW_RESET"}
+    assert told == {*every} == {*VARIABLES}
 
 
 class nginx:
@@ -98,15 +127,20 @@ class nginx:
         self.port = free_port()
         conf = render(folder, {80: self.port}, 8000, {})  # as it is mounted: another place's port
         command = [interpolated(word) for word in SERVICES["nginx"]["command"]]
+        command[-1] = command[-1].replace("/var/log/nginx/", f"{folder}/")
         command[-1] = command[-1].replace("/tmp/nginx.conf", f"{folder}/sed.conf")
         command[-1] = command[-1].replace("/etc/flash-sale/nginx.conf", str(conf))
         command[-1] = command[-1].replace("exec nginx ", f"exec {program} ")
         assert environment_of("nginx") == {"UPSTREAM": "app:8000"}
         self.command = command
+        self.output = folder / "stdout"
         self.variables = {"PATH": os.environ["PATH"], "UPSTREAM": f"127.0.0.1:{upstream}"}
 
     def __enter__(self) -> int:
-        self.process = subprocess.Popen(self.command, env=self.variables, stderr=subprocess.DEVNULL)
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                self.command, env=self.variables, stdout=output, stderr=subprocess.DEVNULL
+            )
         wait_until(lambda: is_listening(self.port), 10, "nginx did not start")
         return self.port
 
@@ -159,7 +193,7 @@ def test_the_profile_monitoring_scrapes_the_service(tmp_path: Path) -> None:
     command = command.replace("/etc/flash-sale", str(PROJECT / "deploy" / "prometheus"))
     command = command.replace("=/prometheus", f"={tmp_path}/data")
     command += f" --web.listen-address=127.0.0.1:{port}"
-    assert environment_of("prometheus") == {"TARGET": "app:9100"}
+    assert environment_of("prometheus") == {"TARGET": "app:8100"}
     variables = {"PATH": os.environ["PATH"], "TARGET": f"127.0.0.1:{metrics}"}
     with app(tmp_path, metrics) as service:
         service.buy()

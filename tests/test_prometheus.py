@@ -29,6 +29,13 @@ def test_the_alerts_say_what_they_should_and_are_quiet_otherwise() -> None:
         assert (done.returncode, "SUCCESS" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
+def test_the_operators_table_has_each_alert_and_no_other() -> None:
+    rules = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text())
+    table = (PROJECT / "deploy" / "README.md").read_text().partition("| alert |")[2]
+    named = re.findall(r"\bFlashSale\w+", table.partition("\n\n")[0])
+    assert sorted(named) == sorted(rules) != []
+
+
 def test_every_metric_of_the_alerts_is_one_of_the_service(client: Any) -> None:
     told = [client.get("/metrics").text for _ in range(2)][-1]  # the first is counted by then
     only_postgresql = "flash_sale_oldest_snapshot_seconds"
@@ -43,7 +50,7 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
     port = free_port()
     for name in ("prometheus.yml", "alerts.yml"):
         text = (RULES / name).read_text(encoding="utf-8")
-        text = text.replace("127.0.0.1:9100", f"127.0.0.1:{target}").replace(": 5s", ": 200ms")
+        text = text.replace("127.0.0.1:8100", f"127.0.0.1:{target}").replace(": 5s", ": 200ms")
         (folder / name).write_text(text, encoding="utf-8")
     flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     flags += [f"--web.listen-address=127.0.0.1:{port}"]
