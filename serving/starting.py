@@ -53,8 +53,10 @@ def require_own_settings() -> None:
     words = sys.argv[1:] + shlex.split(os.environ.get("GUNICORN_CMD_ARGS", ""))
     named = any(word.startswith(("-c", "--conf")) for word in words)
     if not named and (loaded is None or Path(loaded).resolve() != GUNICORN_CONF):
-        command = [sys.executable, "-m", "gunicorn", "--config", str(GUNICORN_CONF), "app:app"]
-        cannot_start(f"gunicorn has not read {GUNICORN_CONF.name} - run {shlex.join(command)}")
+        by_module = Path(sys.argv[0]).name == "__main__.py"
+        gunicorn = [sys.executable, "-m", "gunicorn"] if by_module else sys.argv[:1]
+        command = shlex.join([*gunicorn, "--config", str(GUNICORN_CONF), "app:app"])
+        cannot_start(f"gunicorn has not read {GUNICORN_CONF.name} - run {command}")
 
 
 @contextmanager

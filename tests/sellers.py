@@ -116,14 +116,19 @@ class Connection(asyncio.Protocol):
 
     numbers = count()
 
-    def __init__(self, seller: Seller) -> None:
+    def __init__(self, seller: Seller, transports: set[asyncio.Transport]) -> None:
         self.seller = seller
+        self.transports = transports  # of all that are open
         self.number = next(self.numbers)
         self.received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.transports.add(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.transports.discard(self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -410,16 +415,23 @@ SELLERS = {seller.__name__: seller for seller in QUICK + LONG}
 def selling(seller: Seller, port: int = 0) -> Iterator[str]:
     """Its URL. It sells in a thread of this process until the block ends."""
     loop = asyncio.new_event_loop()
+    transports: set[asyncio.Transport] = set()
     server = loop.run_until_complete(
-        loop.create_server(lambda: Connection(seller), "127.0.0.1", port, backlog=4096)
+        loop.create_server(lambda: Connection(seller, transports), "127.0.0.1", port, backlog=4096)
     )
+
+    def stop() -> None:
+        server.close()
+        for transport in transports:
+            transport.abort()
+        loop.call_soon(loop.stop)
+
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
-        server.close()
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop)
         thread.join()
         loop.close()
 
