@@ -79,6 +79,7 @@ def sold(remaining_stock: int, replayed: bool) -> None:
 
 
 def tell(remaining_stock: int, first_s: float) -> None:
+    """A line of the log; there are a dozen in a sale, so each may ask the database."""
     initial = STORE[0].inventory().initial_stock  # an operator may have restocked
     _, seen_s = SALE.unpack_from(SHARED)
     SALE.pack_into(SHARED, 0, initial, seen_s)
