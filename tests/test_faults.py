@@ -38,7 +38,7 @@ from sqlite.engine import sqlite3
 
 KILLS, KILLS_PER_START, KILLING_LIMIT_S = 300, 40, 60.0
 # The service, but for the pause between two lines about the same kind of trouble.
-GUNICORN = patched("import serving.watch; serving.watch.TROUBLE_PAUSE_S = 0")
+GUNICORN = patched("import serving.watch; serving.watch.TROUBLE_PAUSE_S = -1")
 REFUSED = {"success": False, "message": db.Unavailable.message}
 
 
@@ -156,10 +156,12 @@ def test_at_the_file_size_limit_nothing_is_sold_and_above_it_is(tmp_path: Path) 
 
 def test_a_mount_turned_read_only_is_told_and_turned_back_sells(tmp_path: Path) -> None:
     with mounted(tmp_path, f"mount --bind {tmp_path}/disk", workers=1) as (service, _):
-        enter = ("nsenter", "--mount", "--target", str(service.process.pid), "mount", "-o")
-        subprocess.run([*enter, "remount,bind,ro", str(tmp_path / "disk")], check=True)
-        assert_refuses(service, "unable to open database file")
-        subprocess.run([*enter, "remount,bind,rw", str(tmp_path / "disk")], check=True)
+        enter = ("nsenter", "--mount", "--target", str(service.process.pid))
+        folder = str(tmp_path / "disk")
+        # A second mount on the first, as the kernel turns none read-only in which files are open.
+        subprocess.run([*enter, "mount", "-o", "bind,ro", folder, folder], check=True)
+        assert_refuses(service, "attempt to write a readonly database")
+        subprocess.run([*enter, "umount", folder], check=True)
         assert_sells_again(service, sold_before=0)
 
 
