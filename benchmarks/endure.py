@@ -499,7 +499,8 @@ class Sale:
         told = now["initial_stock"] - self.before, now["consistent"]
         audit = Audit(start, time.monotonic(), *figures, *told)
         if violations := check(STOCK, self.attempts, self.readings, audit):
-            raise ViolationError("\n".join(map(str, violations[:VIOLATIONS])))
+            lines = [f"{one.kind.value}: {one.message}" for one in violations]
+            raise ViolationError("\n".join(lines[:VIOLATIONS]))
 
 
 class Endurance:

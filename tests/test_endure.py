@@ -92,6 +92,7 @@ def test_a_purchase_that_is_lost_is_a_violation(
     assert endure.main(["--seconds", "1"]) == 1
     told = capsys.readouterr().out
     assert violation in told
+    assert "phantom purchase" not in told  # what earlier sales left is none
     attempts, _, log = kept(told)
     assert len(attempts) > 10
     assert log
