@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 from postgres_cluster import PASSWORD
-from service import PROJECT, Service, need, wait_until
+from service import PROJECT, Service, need, need_root, wait_until
 
 from proof.api import RETRY_SLEEP_S, Api, CannotJudge, connection_to
 from proof.buyers import buy
@@ -55,7 +55,7 @@ class Network:
         self.names = names
 
     def __enter__(self) -> Self:
-        need(os.geteuid() == 0, "making network namespaces needs root")
+        need_root("making network namespaces")
         need(shutil.which("ip"), "no ip command on this machine (Debian: apt-get install iproute2)")
         with ExitStack() as undo:
             undo.callback(self.remove)

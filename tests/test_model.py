@@ -5,7 +5,7 @@ from pathlib import Path
 
 import model
 import pytest
-from service import patched
+from service import PROJECT, patched
 from test_durability import Call, calls, traced
 
 BROKEN = {
@@ -14,7 +14,7 @@ BROKEN = {
     "a 200 is flushed": "A was told 200, which is gone after a power cut",
     "a replayed 200 is flushed": "A was told 200, which is gone after a power cut",
     "a 410 is flushed": "SOLD OUT was told, which is gone after a power cut",
-    "checkpoints hold the write lock": "after a power cut 1 purchases, and 0 units sold",
+    "checkpoints hold the write lock": "after a power cut 2 purchases, and 3 units sold",
     "a checkpoint flushes first as a sale does": "after a power cut 1 purchases, and 0 units sold",
     "the database is flushed before the WAL restarts": "after a power cut 1 purchases, and 0 units",
     "a failed flush stops all answers": "A was told 200, which is gone after a power cut",
@@ -24,6 +24,11 @@ BROKEN = {
     "the barrier writes": "A was told 200, which is gone after a crash",
     "the barrier waits for the standby": "A was told 200, which is gone after a failover",
     "a wait that was cut short is no 200": "A was told 200, which is gone after a failover",
+}
+BROKEN_BY_A_FAILED_FLUSH = {
+    "a checkpoint flushes first as a sale does",
+    "a failed flush stops all answers",
+    "a failed flush stops checkpoints",
 }
 
 
@@ -39,6 +44,18 @@ def test_without_a_rule_a_promise_breaks(rule: str, capsys: pytest.CaptureFixtur
     *path, promise = capsys.readouterr().out.splitlines()
     assert promise.startswith(f"=> {BROKEN[rule]}")
     assert 3 <= len(path) <= 25  # short enough to be read
+    assert any("a flush fails" in event for event in path) == (rule in BROKEN_BY_A_FAILED_FLUSH)
+
+
+@pytest.mark.parametrize(
+    ("rules", "page"),
+    [(model.SQLITE_RULES, "NOTES.md"), (model.POSTGRES_RULES, "postgres/README.md")],
+)
+def test_each_rule_is_named_where_it_is_explained(rules: dict[str, str], page: str) -> None:
+    if not (PROJECT / page).exists():
+        pytest.skip("postgres/ was deleted: SQLite only")
+    words = " ".join((PROJECT / page).read_text(encoding="utf-8").split())
+    assert [rule for rule in rules if f"*{rule}*" not in words] == []
 
 
 def seen(trace: Path) -> Iterator[str]:
