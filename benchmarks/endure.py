@@ -123,7 +123,7 @@ class Shop:
 
     def __init__(self, folder: Path, postgresql: str) -> None:
         self.folder, self.port = folder, free_port()
-        self.database = str(folder / "inventory.db")
+        self.database, self.postgresql = str(folder / "inventory.db"), postgresql
         self.variables = {
             "PORT": str(self.port),
             "DATABASE_URL": postgresql or f"sqlite:///{self.database}",
@@ -199,11 +199,9 @@ class Shop:
 
     def restock(self) -> None:
         """By a program beside the service: what was sold stays on record."""
-        url = self.variables["DATABASE_URL"]
-        of_postgresql = url.startswith("postgresql")
-        script = RESTOCK_POSTGRESQL if of_postgresql else RESTOCK_SQLITE
-        changed = others(script, url if of_postgresql else self.database, RESTOCK.format(STOCK))
-        if changed != "1":
+        place = self.postgresql or self.database
+        script = RESTOCK_POSTGRESQL if self.postgresql else RESTOCK_SQLITE
+        if others(script, place, RESTOCK.format(STOCK)) != "1":
             raise RuntimeError("the stock could not be refilled beside the service")
 
     def reset(self) -> None:
