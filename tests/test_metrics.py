@@ -209,7 +209,7 @@ def test_the_process_of_the_metrics_is_replaced_and_is_no_worker(tmp_path: Path)
         assert (now[outcome_counter("sold")], now["flash_sale_worker_deaths_total"]) == (1, 0)
         assert len(workers(service)) == 2
         assert service.stop(signal.SIGTERM) == 0
-    assert not is_served(port)
+    wait_until(lambda: not is_served(port), 10, "the metrics are still served")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
