@@ -51,9 +51,9 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    metrics.take_slot(worker.slot)
-    patience.begin_work(worker)
     draining.begin_work(worker)
+    patience.begin_work(worker)
+    metrics.take_slot(worker.slot)
     with suppress(Exception):  # the first buyer is told, and the log
         worker.wsgi.extensions["store"].inventory()  # opens what stays open: see NOTES
 

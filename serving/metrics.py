@@ -38,9 +38,7 @@ DATABASE = {  # what a store's gauges() may tell
 
 WORKERS_EXPECTED: list[bool] = []  # by who will start gunicorn in this process
 FAILURES: list[bool] = []  # whether this process had one, and counts no more
-SLOT = [
-    0
-]  # which files are this process's: 0 are the master's, each worker has a number of its own
+SLOT = [0]  # which files are this process's: 0 are the master's, each worker has its own number
 
 log = logging.getLogger(__name__)
 

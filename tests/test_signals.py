@@ -292,9 +292,17 @@ def test_a_worker_stops_that_was_told_so_before_it_handled_signals(tmp_path: Pat
 
 
 def is_deaf(pid: int) -> bool:
-    blocked = re.search(r"SigBlk:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
-    assert blocked is not None
-    return bool(int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return is_in("SigBlk", signal.SIGTERM, pid)
+
+
+def ignores_sighup(pid: int) -> bool:
+    return is_in("SigIgn", signal.SIGHUP, pid)
+
+
+def is_in(mask: str, number: int, pid: int) -> bool:
+    found = re.search(rf"{mask}:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 def test_sighup_under_load_replaces_the_workers_and_loses_no_request(tmp_path: Path) -> None:
@@ -315,6 +323,7 @@ def test_the_demo_ends_with_its_terminal_but_under_nohup(tmp_path: Path, nohup: 
     with Service(tmp_path, *nohup, sys.executable, "app.py", WEB_CONCURRENCY="2") as service:
         wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
         workers = set(service.workers())
+        wait_until(lambda: all(map(ignores_sighup, workers)), 20, "they don't work yet")
         os.killpg(service.process.pid, signal.SIGHUP)
         if nohup:
             wait_until(lambda: not workers & set(service.workers()), 20, "no reload")
