@@ -20,7 +20,7 @@ from typing import Any
 FOLDER_PARENT = Path("/dev/shm")  # noqa: S108  (mkdtemp makes the folder in it)
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
 FILES = ("counter", "histogram")
-FILE_BYTES = 256 * 1024  # more than all routes and statuses need
+FILE_BYTES = 128 * 1024  # room for the pairs of route and status of a day
 ROOM_BYTES = 32 * 1024 * 1024
 DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LOCK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
