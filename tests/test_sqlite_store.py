@@ -490,7 +490,7 @@ def test_a_folder_or_a_circle_of_links_is_named(tmp_path: Path) -> None:
         service_app.open_store(f"sqlite:///{tmp_path}", "Concert", 5, 5.0).create()
     circle = tmp_path / "circle.db"
     circle.symlink_to(circle)
-    with pytest.raises((ConfigError, db.Unavailable), match=r"links|loop"):
+    with pytest.raises((ConfigError, db.Unavailable), match=r"links|loop|a folder or a device"):
         service_app.open_store(f"sqlite:///{circle}", "Concert", 5, 5.0).create()
 
 
