@@ -66,9 +66,7 @@ def stop(server: Any) -> NoReturn:
     """
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(queue.Empty):
-        while True:
-            server.SIG_QUEUE.get_nowait()
+    server.SIG_QUEUE = queue.SimpleQueue()  # one may have come already
     # gunicorn itself notices only within a second that the old master is gone.
     is_second = server.master_pid and server.master_pid == os.getppid()
     if not (server.reexec_pid or is_second or server.systemd):
