@@ -51,7 +51,7 @@ def handle(
 ) -> None:
     wait_at_most(client, REQUEST_LIMIT_S)
     worker.client = client
-    if not worker.alive:
+    if not worker.alive:  # asked last: a signal in between finds the client
         wait_at_most(client, LAST_REQUEST_LIMIT_S)
     serve(listener, client, address)
 

@@ -284,10 +284,10 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 def test_memory_that_is_full_stops_no_sale(tmp_path: Path) -> None:
     """New workers find no room for their figures; a page that can't be had would kill them."""
     need(mounting(), "no right to mount (root with CAP_SYS_ADMIN is needed)")
-    mount = "mount -t tmpfs -o size=40m tmpfs /dev/shm && exec"
+    mount = f"mount -t tmpfs -o size=40m tmpfs {metrics.FOLDER_PARENT} && exec"
     command = ("unshare", "--mount", "sh", "-c", f"{mount} {shlex.join(GUNICORN)}")
     with Service(tmp_path, *command, WEB_CONCURRENCY="2") as service:
-        fill(Path(f"/proc/{service.process.pid}/root/dev/shm"))
+        fill(Path(f"/proc/{service.process.pid}/root{metrics.FOLDER_PARENT}"))
         replace_workers(service)
         assert [service.buy().status_code for _ in range(20)] == [200] * 20
         assert "flash_sale_sold 20.0" in requests.get(f"{service.url}/metrics", timeout=10).text
