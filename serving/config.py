@@ -45,10 +45,9 @@ def read_config(**overrides: Any) -> dict[str, Any]:
 
     Blanks and line ends around a value don't count, and an empty value counts as unset.
     """
-    given: dict[str, str] = {}
-    for source in (env_file(), os.environ, overrides):
-        texts = {name: _cleaned(name, source[name]) for name in VARIABLES if name in source}
-        given |= {name: text for name, text in texts.items() if text}
+    values = {**env_file(), **os.environ, **overrides}
+    given = {name: _cleaned(name, values[name]) for name in VARIABLES if name in values}
+    given = {name: text for name, text in given.items() if text}
     config: dict[str, Any] = {name: given.get(name, default) for name, default in TEXTS.items()}
     config |= {name: _choice(name, given.get(name), choices) for name, choices in CHOICES.items()}
     config |= {name: _number(name, given.get(name), *limits) for name, limits in NUMBERS.items()}

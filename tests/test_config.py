@@ -211,12 +211,15 @@ def test_the_environment_goes_before_the_env_file(copy_of_the_program: Path) -> 
     assert done.stdout.endswith(": 3 of 3 units left\n")
 
 
-def test_an_empty_variable_leaves_it_to_the_env_file(copy_of_the_program: Path) -> None:
-    (copy_of_the_program / ".env").write_text("INITIAL_STOCK=7\nALLOW_RESET=0\n")
-    variables = {"INITIAL_STOCK": "", "ALLOW_RESET": "", "WEB_CONCURRENCY": " "}
-    demo = (sys.executable, "app.py")
+def test_the_demo_takes_the_env_file_and_an_empty_variable_hides_its_line(
+    copy_of_the_program: Path,
+) -> None:
+    (copy_of_the_program / ".env").write_text("INITIAL_STOCK=7\nALLOW_RESET=0\nITEM_NAME=Zoë\n")
+    variables = {"INITIAL_STOCK": "", "WEB_CONCURRENCY": " "}
+    demo = ("env", "-u", "ALLOW_RESET", sys.executable, "app.py")
     with Service(copy_of_the_program, *demo, cwd=copy_of_the_program, **variables) as service:
-        assert service.get("/inventory")["initial_stock"] == 7
+        now = service.get("/inventory")
+        assert (now["initial_stock"], now["item_name"]) == (100, "Zoë")
         assert requests.post(f"{service.url}/reset", timeout=10).status_code == 403
 
 
