@@ -12,6 +12,7 @@ from serving.draining import DRAIN_LIMIT_S
 from serving.hooks import (  # noqa: F401  (gunicorn calls them)
     on_starting,
     post_fork,
+    post_request,
     post_worker_init,
     pre_exec,
     pre_fork,

@@ -58,6 +58,10 @@ def post_worker_init(worker: Any) -> None:
         worker.wsgi.extensions["store"].inventory()  # opens what stays open: see NOTES
 
 
+def post_request(worker: Any, request: Any, environ: dict[str, Any], response: Any) -> None:
+    patience.let_go(worker, request, response)
+
+
 def worker_exit(server: Any, worker: Any) -> None:
     draining.answer_backlog(worker)
     if worker.is_orphan:  # the master can't do it any more

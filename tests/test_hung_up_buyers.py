@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_sqlite_store import write_lock
 
 import db
 from serving.buyers import is_there
+from sqlite.wal import LONG_WAIT_S
 
 BUYERS = 40
 
@@ -35,17 +37,26 @@ def read_all(buyer: socket.socket) -> bytes:
     return b"".join(iter(lambda: buyer.recv(65536), b""))
 
 
+def established(port: int) -> int:
+    """How many connections to it neither end has closed, as far as its host knows."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
 @pytest.mark.parametrize("how", ["closed", "reset"])
 def test_who_gave_up_while_the_lock_was_held_is_sold_nothing(
     service: Service, tmp_path: Path, how: str
 ) -> None:
-    with write_lock(tmp_path / "inventory.db"), ExitStack() as crowd:
-        for _ in range(BUYERS):
-            buyer = crowd.enter_context(connect(service.port, purchase_request("alice")))
-            if how == "reset":
-                buyer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        # Two of them wait for the lock already.
-        wait_until(lambda: backlog(service.port) == BUYERS - 2, 10, "they don't wait")
+    with write_lock(tmp_path / "inventory.db"):
+        with ExitStack() as crowd:
+            for _ in range(BUYERS):
+                buyer = crowd.enter_context(connect(service.port, purchase_request("alice")))
+                if how == "reset":
+                    buyer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Two of them wait for the lock already.
+            wait_until(lambda: backlog(service.port) == BUYERS - 2, 10, "they don't wait")
+        wait_until(lambda: established(service.port) == 0, 10, "their ends haven't arrived")
+        time.sleep(2 * LONG_WAIT_S)  # whoever was asked before is asked again after such a wait
     assert service.buy("bob").json()["remaining_stock"] == 99  # last in the queue
     assert service.get("/audit")["purchase_records"] == 1
     assert "BuyerGone: the buyer hung up, nothing was sold" in service.log
@@ -61,8 +72,8 @@ def test_who_waits_is_sold_to_also_when_the_lock_comes_late(
         with write_lock(tmp_path / "inventory.db"):
             buyers = [connect(service.port, purchase_request("alice")) for _ in range(BUYERS)]
             wait_until(lambda: backlog(service.port) == BUYERS - 2, 10, "they don't wait")
-        for buyer in buyers:
-            assert parse_answer(read_all(crowd.enter_context(buyer))).status == 200
+        for buyer in map(crowd.enter_context, buyers):  # each stays open until all are answered
+            assert parse_answer(read_all(buyer)).status == 200
     assert service.get("/audit")["purchase_records"] == BUYERS
 
 

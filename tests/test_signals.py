@@ -231,6 +231,19 @@ def test_a_connection_without_a_request_gives_its_worker_back(tmp_path: Path) ->
     assert "Traceback" not in service.log
 
 
+def test_a_buyer_who_leaves_his_connection_open_after_the_answer_holds_no_worker(
+    tmp_path: Path,
+) -> None:
+    with Service(tmp_path, WEB_CONCURRENCY="1") as service, ExitStack() as buyers:
+        started = time.monotonic()
+        for number in range(20):
+            buyer = buyers.enter_context(socket.create_connection(("127.0.0.1", service.port), 20))
+            buyer.sendall(purchase_request("alice", f"key-{number}"))
+            assert buyer.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert time.monotonic() - started < 10  # gunicorn alone waits for 2 s each
+    assert service.log.count("[ERROR]") == 0
+
+
 def test_an_exception_in_the_hook_does_not_end_a_stop(tmp_path: Path) -> None:
     broken = "import socket\ndef listen(self, backlog=0):\n    raise PermissionError('no right')\n"
     only_at_the_stop = (
