@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 import psycopg
+from psycopg import conninfo
 
 import db
+from postgres.connections import DEFAULTS
 from postgres.store import PostgresStore
 from sqlite.engine import sqlite3
 from sqlite.setup import MOVED, examine
@@ -40,41 +42,39 @@ def move(path: Path, url: str) -> db.Audit:
         store = PostgresStore(url, item_name, initial_stock, LOCK_TIMEOUT_S)
         source.execute(MARK % str(store).replace("'", "''"))
         source.execute("COMMIT")
+        in_doubt = False
         try:
             with closing(store):
                 store.create()
-                _copy(source, url)
-                return _confirmed(store)
-        except db.OutcomeUnknown:
-            raise
-        except BaseException:
+                with closing(psycopg.connect(_with_defaults(url))) as target:  # one transaction
+                    _copy(source, target)
+                    in_doubt = True
+                    target.commit()
+                store.check()  # when this is on every disk, so is what went before it
+                return store.audit()
+        except BaseException as error:  # Ctrl-C, too
+            if in_doubt:
+                raise db.OutcomeUnknown(str(error) or "interrupted") from error
             source.execute(f"DROP TRIGGER {MOVED}")
             raise
 
 
-def _copy(source: sqlite3.Connection, url: str) -> None:
-    with closing(psycopg.connect(url, client_encoding="utf8")) as target:  # one transaction
-        target.execute("SELECT FROM inventory FOR UPDATE")
-        if target.execute("SELECT FROM purchases LIMIT 1").fetchone() is not None:
-            raise ValueError("there are purchases in the target already")
-        target.execute(WRITE, source.execute(READ).fetchone())
-        with target.cursor().copy(WRITE_PURCHASES.encode()) as copy:
-            for row in source.execute(READ_PURCHASES):
-                copy.write_row(row)
-        for row in source.execute(READ_LAST_ID):
-            target.execute(GO_ON_COUNTING, row)
-        try:
-            target.commit()
-        except psycopg.Error as error:
-            raise db.OutcomeUnknown(str(error)) from error
+def _with_defaults(url: str) -> str:
+    """Give up on a server that has gone, as the service does."""
+    given = conninfo.conninfo_to_dict(url, client_encoding="utf8")
+    return conninfo.make_conninfo("", **DEFAULTS | given)
 
 
-def _confirmed(store: PostgresStore) -> db.Audit:
-    try:
-        store.check()  # when this is on every disk, so is what went before it
-        return store.audit()
-    except db.StoreError as error:
-        raise db.OutcomeUnknown(str(error)) from error
+def _copy(source: sqlite3.Connection, target: psycopg.Connection) -> None:
+    target.execute("SELECT FROM inventory FOR UPDATE")
+    if target.execute("SELECT FROM purchases LIMIT 1").fetchone() is not None:
+        raise ValueError("there are purchases in the target already")
+    target.execute(WRITE, source.execute(READ).fetchone())
+    with target.cursor().copy(WRITE_PURCHASES.encode()) as copy:
+        for row in source.execute(READ_PURCHASES):
+            copy.write_row(row)
+    for row in source.execute(READ_LAST_ID):
+        target.execute(GO_ON_COUNTING, row)
 
 
 @click.command(help="Move the sale in the SQLite FILE to the PostgreSQL at URL, complete.")

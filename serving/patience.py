@@ -59,8 +59,8 @@ def handle(
 def let_go(worker: Any, request: Any, response: Any) -> None:
     """Close on a client who has sent everything and was told everything.
 
-    gunicorn lets each client close first, for up to 2 s, as a close on unread bytes is a reset. Here
-    nothing is unread, and the worker would wait for a round trip after each purchase.
+    gunicorn lets each client close first, for up to 2 s, as a close on unread bytes is a reset.
+    Here nothing is unread, and the worker would wait for a round trip after each purchase.
     """
     is_answered = response is not None and response.headers_sent
     if is_answered and getattr(request.body.reader, "length", 1) == 0:

@@ -25,11 +25,12 @@ class Proxy:
     ) -> None:
         """`delay_s` is added to everything that is sent in either direction.
 
-        A message that holds `silent_from` is the last that its connection hears of.
+        A message that holds `silent_from` is swallowed; `is_silent` is set then.
         """
         self.target = (target_host, target_port)
         self.delay_s = delay_s
         self.silent_from = silent_from
+        self.is_silent = threading.Event()
         self.port = 0
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -102,7 +103,9 @@ class Proxy:
                 if self.delay_s:
                     time.sleep(self.delay_s)
                 self._flowing.wait()
-                if self.silent_from not in data:
+                if self.silent_from in data:
+                    self.is_silent.set()
+                else:
                     sink.sendall(data)
         except OSError:
             pass

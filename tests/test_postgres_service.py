@@ -315,7 +315,7 @@ def test_a_move_that_failed_takes_the_mark_off(
         with ThreadPoolExecutor() as moving:
             move = moving.submit(run_move, file, target)
             if fault == "lost on the way":
-                wait_for_copy(cluster)
+                assert way.is_silent.wait(30)
                 way.cut()
             moved = move.result(60)
     assert moved.returncode == 1
@@ -325,12 +325,6 @@ def test_a_move_that_failed_takes_the_mark_off(
     assert store.buy("bob").remaining_stock == 8
     store.check()
     store.close()
-
-
-def wait_for_copy(cluster: Cluster) -> None:
-    """Until the target's row is held, just before the purchases are sent."""
-    query = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
-    wait_until(cluster, query, "1")
 
 
 def test_a_move_in_doubt_leaves_nobody_who_sells(
@@ -343,13 +337,35 @@ def test_a_move_in_doubt_leaves_nobody_who_sells(
     with Proxy(cluster.port, silent_from=b"COMMIT\0") as way, ThreadPoolExecutor() as moving:
         service_app.open_store(url, "Concert", 10, 5.0).create()
         move = moving.submit(run_move, file, url.replace(f":{cluster.port}/", f":{way.port}/"))
-        query = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT setval%'"
-        wait_until(cluster, query + " AND pid <> pg_backend_pid()", "1")
-        time.sleep(0.2)
+        assert way.is_silent.wait(30)
         way.cut()
         moved = move.result(60)
     assert moved.returncode == 1
     assert moved.stderr.startswith("Perhaps moved, ")
+    with pytest.raises(db.Unavailable, match="this sale was moved: PostgreSQL"):
+        store.buy("bob")
+    store.close()
+
+
+def test_a_move_that_is_interrupted_while_it_commits_is_in_doubt_too(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C where the commit waits for a standby: it is done, but nobody says so."""
+    import psycopg
+
+    from postgres.move_from_sqlite import move
+
+    def commit(connection: Any) -> None:
+        committed(connection)
+        raise SystemExit  # which pytest survives, unlike KeyboardInterrupt
+
+    committed = psycopg.Connection.commit
+    monkeypatch.setattr(psycopg.Connection, "commit", commit)
+    file = tmp_path / "inventory.db"
+    store = service_app.open_store(f"sqlite:///{file}", "Concert", 10, 5.0)
+    store.create()
+    with pytest.raises(db.OutcomeUnknown, match="interrupted"):
+        move(file, url)
     with pytest.raises(db.Unavailable, match="this sale was moved: PostgreSQL"):
         store.buy("bob")
     store.close()
