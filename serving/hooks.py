@@ -48,6 +48,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     draining.enter_worker(server, worker)
+    patience.enter_worker(worker)
 
 
 def post_worker_init(worker: Any) -> None:

@@ -37,10 +37,14 @@ def ending_when_silent(chunk: Callable[..., bytes]) -> Callable[..., bytes]:
     return read
 
 
-def begin_work(worker: Any) -> None:
-    """As soon as the worker handles signals."""
+def enter_worker(worker: Any) -> None:
+    """Before anything can end it: it may have to serve then."""
     worker.client = None
     worker.handle = functools.partial(handle, worker, worker.handle)
+
+
+def begin_work(worker: Any) -> None:
+    """As soon as the worker handles signals."""
     for number in (signal.SIGTERM, signal.SIGQUIT):  # gunicorn's QUIT would end it amid a sale
         signal.signal(number, functools.partial(end, worker))
         signal.siginterrupt(number, False)  # as gunicorn has it: no call is disturbed

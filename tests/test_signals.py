@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from service import (
+    Answer,
     Service,
     need,
     need_root,
@@ -83,6 +84,31 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(
         (answer.status, answer.text if answer.status == 0 else "") for answer in answers
     ) == {(200, ""): WAITING}
     assert purchases(tmp_path) == WAITING
+    assert "Traceback" not in service.log
+
+
+def test_a_worker_that_is_ended_while_it_starts_answers_as_the_others_do(tmp_path: Path) -> None:
+    impatient = (
+        "import os, signal, serving.draining as draining\n"
+        "begin = draining.begin_work\n"
+        "def begin_work(worker):\n"
+        "    begin(worker)\n"
+        "    if worker.state[0] == draining.STOPPING:\n"
+        "        os.kill(os.getpid(), signal.SIGQUIT)\n"
+        "draining.begin_work = begin_work"
+    )
+    with Service(tmp_path, *patched(impatient), WEB_CONCURRENCY="1") as service:
+        answers: list[Answer] = []
+        crowd = [purchase_request("alice", f"key-{n}") for n in range(20)]
+        rush = threading.Thread(target=lambda: answers.extend(send_at_once(service.port, crowd)))
+        with write_lock(tmp_path / "inventory.db"):
+            rush.start()
+            wait_until(lambda: backlog(service.port) == 19, 10, "they don't wait")
+            service.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: backlog(service.port) == 18, 10, "no second worker answers")
+        rush.join()
+        assert service.process.wait(20) == 0
+    assert [answer.status for answer in answers] == [200] * 20
     assert "Traceback" not in service.log
 
 
