@@ -23,6 +23,7 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Any) -> None:
     """The master listens, and has no worker yet."""
+    store_of(server).close()  # what was read for the banner: no connection crosses a fork
     watch.log_by("gunicorn.error")
     config = server.app.wsgi().config
     server.log.info("Selling %s, from %s", watch.OFFER[0], store_of(server))

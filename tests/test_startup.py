@@ -18,11 +18,13 @@ from service import (
     PROJECT,
     Service,
     free_port,
+    need,
     need_root,
     parse_answer,
     patched,
     purchase_request,
     run_to_end,
+    wait_until,
 )
 from test_sqlite_store import write_lock
 
@@ -197,6 +199,26 @@ def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> Non
     finally:
         for service in services:
             service.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("command", [GUNICORN, LOCAL_DEMO], ids=["gunicorn", "the demo"])
+def test_no_connection_to_the_database_crosses_the_fork(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """It would keep the workers from locks of their own: with the master's end all would be free."""
+    need(sys.platform == "linux", "/proc/locks is Linux's")
+    with Service(tmp_path, *command, WEB_CONCURRENCY="2") as service:
+        shm = tmp_path / "inventory.db-shm"
+        wait_until(lambda: len(service.workers()) == 2, 20, "not two workers")
+        wait_until(lambda: holders(shm) == set(service.workers()), 20, "a worker has no lock")
+        opened = Path(f"/proc/{service.process.pid}/fd").iterdir()
+        assert not [file for file in map(os.readlink, opened) if "inventory.db" in file]
+
+
+def holders(file: Path) -> set[int]:
+    """The processes that have a lock on it."""
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return {int(line[4]) for line in lines if line[-3].endswith(f":{file.stat().st_ino}")}
 
 
 def test_a_second_start_neither_refills_nor_empties(tmp_path: Path) -> None:
