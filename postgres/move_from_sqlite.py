@@ -1,8 +1,8 @@
 """Move a sale from SQLite to PostgreSQL, into a database where nothing was sold yet.
 
 Stock, purchases, ids and keys stay what they were. The source is marked first, by a trigger that
-stops a service which still runs on it. A failure takes the mark off; in doubt it stays, and nobody
-sells.
+stops every sale, reset and restock of a service which still runs on it. A failure takes the mark
+off; in doubt it stays, and nobody sells.
 """
 
 import sys
@@ -21,7 +21,7 @@ from sqlite.setup import MOVED, examine
 from sqlite.wal import WalDatabase
 
 LOCK_TIMEOUT_S = 5.0  # for either database
-MARK = f"""CREATE TRIGGER {MOVED} BEFORE INSERT ON purchases BEGIN
+MARK = f"""CREATE TRIGGER {MOVED} BEFORE UPDATE ON inventory BEGIN
     SELECT RAISE(ABORT, 'this sale was moved: %s'); END"""
 READ = "SELECT item_name, initial_stock, stock, last_updated || '+00' FROM inventory"
 WRITE = "UPDATE inventory SET item_name = %s, initial_stock = %s, stock = %s, last_updated = %s"
@@ -37,13 +37,15 @@ def move(path: Path, url: str) -> db.Audit:
     with closing(WalDatabase(path.resolve()).connect(patience_s=LOCK_TIMEOUT_S)) as source:
         source.execute("PRAGMA synchronous = FULL")
         source.execute("BEGIN IMMEDIATE")
-        examine(source)
-        item_name, initial_stock, *_ = source.execute(READ).fetchone()
+        sale = source.execute(READ).fetchone() if examine(source) else None
+        if sale is None:
+            raise ValueError("there is no sale in this file")
+        item_name, initial_stock, *_ = sale
         store = PostgresStore(url, item_name, initial_stock, LOCK_TIMEOUT_S)
-        source.execute(MARK % str(store).replace("'", "''"))
-        source.execute("COMMIT")
         in_doubt = False
         try:
+            source.execute(MARK % str(store).replace("'", "''"))
+            source.execute("COMMIT")
             with closing(store):
                 store.create()
                 with closing(psycopg.connect(_with_defaults(url))) as target:  # one transaction
@@ -55,8 +57,18 @@ def move(path: Path, url: str) -> db.Audit:
         except BaseException as error:  # Ctrl-C, too
             if in_doubt:
                 raise db.OutcomeUnknown(str(error) or "interrupted") from error
-            source.execute(f"DROP TRIGGER {MOVED}")
+            _take_mark_off(source, error)
             raise
+
+
+def _take_mark_off(source: sqlite3.Connection, cause: BaseException) -> None:
+    try:
+        if source.in_transaction:
+            source.execute("ROLLBACK")
+        source.execute(f"DROP TRIGGER IF EXISTS {MOVED}")
+    except sqlite3.Error as error:
+        by_hand = f"the file sells no more until you take its mark off: DROP TRIGGER {MOVED}"
+        raise OSError(f"{cause or 'interrupted'} - and {error}: {by_hand}") from cause
 
 
 def _with_defaults(url: str) -> str:

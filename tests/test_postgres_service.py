@@ -344,7 +344,43 @@ def test_a_move_in_doubt_leaves_nobody_who_sells(
     assert moved.stderr.startswith("Perhaps moved, ")
     with pytest.raises(db.Unavailable, match="this sale was moved: PostgreSQL"):
         store.buy("bob")
+    with pytest.raises(db.Unavailable, match="this sale was moved: PostgreSQL"):
+        store.reset(5)
+    assert store.audit() == (10, 9, 1)
     store.close()
+
+
+def test_a_mark_that_cannot_be_taken_off_is_told_with_both_causes(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from postgres import move_from_sqlite
+    from postgres.store import PostgresStore
+
+    file = tmp_path / "inventory.db"
+    store = service_app.open_store(f"sqlite:///{file}", "Concert", 10, 5.0)
+    store.create()
+    held = sqlite3.connect(file, isolation_level=None)
+
+    def create(target: Any) -> None:
+        held.execute("BEGIN IMMEDIATE")
+        raise db.Unavailable("no server there")
+
+    monkeypatch.setattr(PostgresStore, "create", create)
+    monkeypatch.setattr(move_from_sqlite, "LOCK_TIMEOUT_S", 0.2)
+    with pytest.raises(OSError, match=r"no server there - and database is locked: .*DROP"):
+        move_from_sqlite.move(file, url)
+    held.execute("ROLLBACK")
+    held.execute("DROP TRIGGER moved")
+    assert store.buy("alice").remaining_stock == 9
+    held.close()
+    store.close()
+
+
+def test_a_file_without_a_sale_is_not_moved(tmp_path: Path, url: str) -> None:
+    (tmp_path / "inventory.db").touch()
+    moved = run_move(tmp_path / "inventory.db", url)
+    assert (moved.returncode, moved.stdout) == (1, "")
+    assert moved.stderr == "Nothing was moved: there is no sale in this file\n"
 
 
 def test_a_move_that_is_interrupted_while_it_commits_is_in_doubt_too(

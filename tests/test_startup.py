@@ -205,7 +205,7 @@ def test_eight_services_on_an_empty_folder_sell_one_stock(tmp_path: Path) -> Non
 def test_no_connection_to_the_database_crosses_the_fork(
     tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    """It would keep the workers from locks of their own: with the master's end all would be free."""
+    """It would keep the workers from locks of their own: the file is free when the master ends."""
     need(sys.platform == "linux", "/proc/locks is Linux's")
     with Service(tmp_path, *command, WEB_CONCURRENCY="2") as service:
         shm = tmp_path / "inventory.db-shm"
