@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a start in another folder
 
-from serving import http_errors, patience
+from serving import http_errors
 from serving.config import ConfigError, address, read_config
 from serving.draining import DRAIN_LIMIT_S
 from serving.hooks import (  # noqa: F401  (gunicorn calls them)
@@ -39,4 +39,3 @@ forwarder_headers = ""  # a client's header SCRIPT_NAME must not change where a 
 access_log_format = '%(h)s %(t)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms'  # no query string, no body
 
 http_errors.install()
-patience.install()

@@ -2,7 +2,7 @@
 
 gunicorn alone closes the listening socket at SIGTERM, and the kernel resets everybody who waits in
 it. Here the master first closes the queue with `listen(0)`, and the workers then accept until it is
-empty. That needs no right. A handshake in that very moment may be reset, and then sold nothing.
+empty. That needs no privilege. A handshake in that very moment may be reset, and then sold nothing.
 """
 
 import functools
@@ -72,20 +72,22 @@ def stop(server: Any) -> NoReturn:
     if not (server.reexec_pid or is_second or server.systemd):
         server.state[0] = STOPPING
         close_queue(server.LISTENERS)
-        server.spawn_worker()
+        with suppress(OSError):  # no room for another process: the others answer
+            server.spawn_worker()
     raise StopIteration  # as gunicorn's own handle_term does
 
 
 def close_queue(listeners: list[Any]) -> None:
-    try:
-        for listener in listeners:
+    for listener in listeners:
+        try:
             listener.sock.listen(0)
-    except OSError:  # whatever it is, the stop goes on
-        log.exception("The queue of %s stays open", listener)
+        except OSError:  # whatever it is, the stop goes on
+            log.exception("The queue of %s stays open", listener)
 
 
 def enter_worker(server: Any, worker: Any) -> None:
-    """Right after the fork."""
+    """Right after the fork. The worker may have to answer before it has loaded the app itself."""
+    worker.wsgi = server.app.wsgi()
     worker.state = server.state
     worker.lifeline = server.lifeline[0]
     worker.is_orphan = False

@@ -42,7 +42,8 @@ def reap(server: Any, reap_workers: Callable[[], None], start: Callable[[], int]
     reap_workers()
     if server.exporter and not exists(server.exporter):
         log.error("The metrics process ended, another one starts")
-        server.exporter = start()
+        with suppress(OSError):  # no room for a process now: at the next look
+            server.exporter = start()
 
 
 def died(worker: int) -> bool:

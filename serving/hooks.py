@@ -61,7 +61,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def post_request(worker: Any, request: Any, environ: dict[str, Any], response: Any) -> None:
-    patience.let_go(worker, request, response)
+    patience.let_go(request, environ, response)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

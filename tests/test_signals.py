@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,11 @@ def as_user(prefix: tuple[str, ...]) -> tuple[str, ...]:
     return (*prefix, sys.executable, "-m", "gunicorn", "app:app")
 
 
+def message_of(length: int) -> bytes:
+    """The head of a purchase that announces so long a body."""
+    return b"POST /buy_ticket HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % length
+
+
 @pytest.mark.parametrize("user", USERS.values(), ids=USERS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_answers_everybody_who_waits_in_the_backlog(
@@ -87,15 +93,20 @@ def test_a_stop_answers_everybody_who_waits_in_the_backlog(
     assert "Traceback" not in service.log
 
 
-def test_a_worker_that_is_ended_while_it_starts_answers_as_the_others_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "step", ["serving.draining.begin_work", "gunicorn.workers.base.Worker.load_wsgi"]
+)
+def test_a_worker_that_is_ended_while_it_starts_answers_as_the_others_do(
+    tmp_path: Path, step: str
+) -> None:
     impatient = (
-        "import os, signal, serving.draining as draining\n"
-        "begin = draining.begin_work\n"
-        "def begin_work(worker):\n"
-        "    begin(worker)\n"
-        "    if worker.state[0] == draining.STOPPING:\n"
+        "import os, signal, gunicorn.workers.base, serving.draining\n"
+        f"do = {step}\n"
+        "def step(worker):\n"
+        "    if worker.state[0] == serving.draining.STOPPING:\n"
         "        os.kill(os.getpid(), signal.SIGQUIT)\n"
-        "draining.begin_work = begin_work"
+        "    do(worker)\n"
+        f"{step} = step"
     )
     with Service(tmp_path, *patched(impatient), WEB_CONCURRENCY="1") as service:
         answers: list[Answer] = []
@@ -253,6 +264,33 @@ def test_a_connection_without_a_request_gives_its_worker_back(tmp_path: Path) ->
         wait_until(lambda: backlog(service.port) == 0, 20, "nobody accepts")
         assert service.buy().status_code == 200
         assert silent.recv(1) == b""
+        assert service.workers() == [worker]  # gunicorn didn't have to kill it
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"POST /buy_ticket HTTP/1.1\r\nX-Header: ", message_of(9), message_of(50_000)],
+    ids=["of a header", "of a body", "of a refused body"],
+)
+def test_a_client_that_sends_byte_by_byte_gives_its_worker_back(
+    tmp_path: Path, head: bytes
+) -> None:
+    soon = "import serving.patience; serving.patience.REQUEST_LIMIT_S = 1"
+    with (
+        Service(tmp_path, *patched(soon), WEB_CONCURRENCY="1") as service,
+        socket.create_connection(("127.0.0.1", service.port), 20) as dripping,
+        ThreadPoolExecutor() as clients,
+    ):
+        (worker,) = service.workers()
+        dripping.sendall(head)
+        wait_until(lambda: backlog(service.port) == 0, 20, "nobody accepts")
+        served = clients.submit(service.buy)
+        while not served.done():
+            with suppress(OSError):  # it was hung up on
+                dripping.send(b" ")
+            wait([served], timeout=0.1)
+        assert served.result().status_code == 200
         assert service.workers() == [worker]  # gunicorn didn't have to kill it
     assert "Traceback" not in service.log
 
