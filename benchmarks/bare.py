@@ -9,7 +9,8 @@ from flask.typing import ResponseReturnValue
 def make_subject(name: str) -> Flask:
     """An app with what gunicorn.conf.py asks of one: a store to create, no port for metrics."""
     app = Flask(name)
-    app.extensions["store"] = SimpleNamespace(create=lambda: None, stopped="")
+    store = SimpleNamespace(create=lambda: None, close=lambda: None, stopped="")
+    app.extensions["store"] = store
     app.config.update(HOST="127.0.0.1", METRICS_PORT=None, SALE_STARTS_AT=None)
     return app
 
