@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 from service import Service, parse_answer, purchase_request, wait_until
-from test_signals import backlog
+from test_signals import ESTABLISHED, backlog, tcp_rows
 from test_sqlite_store import write_lock
 
 import db
@@ -37,12 +37,6 @@ def read_all(buyer: socket.socket) -> bytes:
     return b"".join(iter(lambda: buyer.recv(65536), b""))
 
 
-def established(port: int) -> int:
-    """How many connections to it neither end has closed, as far as its host knows."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
-
-
 @pytest.mark.parametrize("how", ["closed", "reset"])
 def test_who_gave_up_while_the_lock_was_held_is_sold_nothing(
     service: Service, tmp_path: Path, how: str
@@ -55,7 +49,9 @@ def test_who_gave_up_while_the_lock_was_held_is_sold_nothing(
                     buyer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             # Two of them wait for the lock already.
             wait_until(lambda: backlog(service.port) == BUYERS - 2, 10, "they don't wait")
-        wait_until(lambda: established(service.port) == 0, 10, "their ends haven't arrived")
+        wait_until(
+            lambda: not tcp_rows(service.port, ESTABLISHED), 10, "their ends haven't arrived"
+        )
         time.sleep(2 * LONG_WAIT_S)  # whoever was asked before is asked again after such a wait
     assert service.buy("bob").json()["remaining_stock"] == 99  # last in the queue
     assert service.get("/audit")["purchase_records"] == 1

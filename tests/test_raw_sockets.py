@@ -339,6 +339,7 @@ SOLD_ONCE = {
     "a bad request after the body": message(BUY) + b"\x00\r\n\r\n",
     "a second request": message(BUY) + SMUGGLED,
     "a second request that wants to stay": message(BUY, b"Connection: keep-alive") + SMUGGLED,
+    "20 more requests": message(BUY) + SMUGGLED * 20,
     "more requests than are read at once": message(BUY) + SMUGGLED * 1_000,
     "a second request within the length": message(BUY, body=BODY.ljust(200)) + SMUGGLED,
     "SCRIPT_NAME that fits": message(BUY, b"SCRIPT_NAME: /buy"),

@@ -33,15 +33,19 @@ from test_sqlite_store import write_lock
 from sqlite.engine import sqlite3
 
 WAITING = 400
+ESTABLISHED, LISTEN = "01", "0A"  # of /proc/net/tcp
 
 
 def backlog(port: int) -> int:
     """How many connections no worker has accepted yet."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port:
-            return int(fields[4].split(":")[1], 16)
-    return 0
+    listening = tcp_rows(port, LISTEN)
+    return int(listening[0][4].split(":")[1], 16) if listening else 0
+
+
+def tcp_rows(port: int, state: str) -> list[list[str]]:
+    """Linux's own view of the sockets at this port."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == state]
 
 
 def purchases(folder: Path) -> int:
@@ -239,7 +243,7 @@ def test_connections_without_a_request_hold_up_no_stop(tmp_path: Path) -> None:
             clients.enter_context(socket.create_connection(("127.0.0.1", service.port), 20))
             for _ in range(3)
         )
-        half.sendall(b"POST /buy_ticket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        half.sendall(message_of(9) + b"{")
         buyer.sendall(purchase_request("alice"))
         wait_until(lambda: backlog(service.port) == 1, 20, "the buyer doesn't wait")
         started = time.monotonic()
